@@ -1,0 +1,2 @@
+"""Typed settings: what they are, how a config file and the launch line set them, and how mistakes are
+reported."""
