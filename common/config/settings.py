@@ -155,8 +155,8 @@ class TrainingSettings:
     def _check_ranges(self) -> None:
         positive = (
             "fps", "max_sequence_length", "train_batch_size", "gradient_accumulation_steps",
-            "max_train_steps", "learning_rate", "adam_epsilon", "max_grad_norm", "checkpointing_steps", "logging_steps",
-            "validation_num_inference_steps",
+            "max_train_steps", "learning_rate", "adam_epsilon", "max_grad_norm", "checkpointing_steps",
+            "logging_steps", "validation_num_inference_steps",
         )  # fmt: skip
         at_least_zero = (
             "num_validation_clips", "windows_per_clip", "dataloader_num_workers", "lr_warmup_steps",
