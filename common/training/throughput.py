@@ -1,0 +1,131 @@
+"""How fast training runs: operation counts, the device's peak, and a clock that leaves out what is not training.
+
+Shapes: B batch · F latent frames · C latent channels · H W latent height/width · S tokens per latent frame ·
+L text tokens · D model width.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+# Dense bf16 products with float32 accumulation, operations per second, from the makers' data sheets.
+PEAK_BF16_FLOPS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+}
+
+
+def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
+    """The device's peak for bf16 training, or None if it is not known (CPU, other precisions, an unlisted GPU)."""
+    if device.type != "cuda" or mixed_precision != "bf16":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    # Whole words, the most specific entry first: "NVIDIA H200" must not be taken for an "H20".
+    for name in sorted(PEAK_BF16_FLOPS, key=len, reverse=True):
+        if all(word in words for word in name.split()):
+            return PEAK_BF16_FLOPS[name]
+    return None
+
+
+def forward_flops(config, latent_shape: Sequence[int], text_tokens: int) -> float:
+    """Operations of one forward of a CogVideoX transformer on latents [B, F, C, H, W] and L text tokens.
+
+    Counts matrix products and attention, two operations per multiply-add, as torch.utils.flop_counter does.
+    """
+    batch, frames, channels, height, width = latent_shape
+    patch, time_dim = config.patch_size, config.time_embed_dim
+    dim = config.num_attention_heads * config.attention_head_dim
+    video = frames * (height // patch) * (width // patch)  # F·S
+    tokens = video + text_tokens
+
+    embed = 2 * video * channels * patch**2 * dim + 2 * text_tokens * config.text_embed_dim * dim
+    time_embed = 2 * (dim * time_dim + time_dim**2)
+    modulation = 2 * 2 * time_dim * 6 * dim  # two adaptive norms a layer
+    linear = 2 * tokens * dim**2 * (4 + 8)  # q, k, v, out and the two of the feed-forward
+    attention = 4 * tokens**2 * dim
+    head = 2 * time_dim * 2 * dim + 2 * video * dim * patch**2 * config.out_channels
+    total = embed + time_embed + config.num_layers * (modulation + linear + attention) + head
+
+    control_dim = getattr(config, "control_dim", None)
+    if control_dim is not None:
+        layers = config.control_end_layer - config.control_start_layer
+        block = 4 * video * dim**2 + 4 * frames * dim**2 + 4 * video * frames * dim + 2 * time_dim * 6 * dim
+        total += layers * block + 2 * frames * (control_dim**2 + control_dim * dim + dim**2)
+    return float(batch * total)
+
+
+def training_flops(module: nn.Module, latent_shape: Sequence[int], text_tokens: int) -> float | None:
+    """Operations of a forward and its backward, without gradient checkpointing's recomputation (the M in MFU).
+
+    The backward costs one forward for the activations and one for the weights; of the latter only the trained share is
+    done. None if `module` has no CogVideoX config.
+    """
+    config = getattr(module, "config", None)
+    if (
+        config is None
+        or getattr(config, "patch_size_t", None) is not None
+        or not hasattr(config, "time_embed_dim")
+    ):
+        return None
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    trained_share = sum(n for n, trained in sizes if trained) / max(sum(n for n, _ in sizes), 1)
+    return forward_flops(config, latent_shape, text_tokens) * (2 + trained_share)
+
+
+class StepClock:
+    """Seconds and work between two readings, over steps only.
+
+    The first `warmup_steps` of a process (compilation, allocator, data workers) and everything between `pause` and
+    `resume` (validation, checkpoints) do not count. Read it only after the device has been waited for.
+    """
+
+    def __init__(self, warmup_steps: int = 2):
+        self.steps_to_skip = warmup_steps
+        self._restart()
+
+    def _restart(self) -> None:
+        self.steps, self.tokens, self.flops, self.paused = 0, 0, 0.0, 0.0
+        self.started = time.perf_counter()
+
+    def step(self, tokens: int, flops: float | None) -> bool:
+        """Counts a step. True if it was the last warm-up step: wait for the device, then call `read`."""
+        if self.steps_to_skip > 0:
+            self.steps_to_skip -= 1
+            return self.steps_to_skip == 0
+        self.steps += 1
+        self.tokens += tokens
+        self.flops += flops or 0.0
+        return False
+
+    def pause(self) -> None:
+        self.pause_started = time.perf_counter()
+
+    def resume(self) -> None:
+        self.paused += time.perf_counter() - self.pause_started
+
+    def read(self) -> dict[str, float | None]:
+        """Seconds per step, this process's video tokens and operations per second since the last reading."""
+        seconds = time.perf_counter() - self.started - self.paused
+        if self.steps == 0:
+            rates = {"s_per_step": None, "tokens_per_s": None, "flops_per_s": None}
+        else:
+            rates = {
+                "s_per_step": seconds / self.steps,
+                "tokens_per_s": self.tokens / seconds,
+                "flops_per_s": self.flops / seconds or None,
+            }
+        self._restart()
+        return rates
