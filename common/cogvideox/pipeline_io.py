@@ -1,0 +1,176 @@
+"""Pipeline directories: reading their components, and writing a stage's result as a complete one.
+
+A directory holds model_index.json and one folder a component. What holds only diffusers' and transformers' classes
+(base models, stage 1 fused) loads in plain diffusers. From stage 2 on the index names our classes, which
+diffusers' `from_pretrained` refuses, so our pipelines load them here.
+"""
+
+import importlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from common.config.errors import UserError
+
+INDEX_NAME = "model_index.json"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+BASE_COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+OWN_MODULES = re.compile(r"common\.cogvideox(\.\w+)+")  # an index is data: it names no other module to import
+
+# `_class_name` of the index → what such a directory is, in words.
+PIPELINE_KINDS = {
+    "CogVideoXPipeline": "a text-to-video pipeline (a base model, or stage 1 fused)",
+    "CogVideoXControlPipeline": "a controlled pipeline (stage 2)",
+    "CogVideoXStreamingPipeline": "a streaming pipeline (stage 3 or 4)",
+}
+
+
+def resolve_pipeline_directory(path: str | Path) -> Path:
+    """A local directory as it is; a hub id ("org/name") as its downloaded snapshot."""
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
+        raise UserError(f"no model directory at {path}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except Exception as error:  # offline, unknown, gated: hub libraries raise a dozen types
+        raise UserError(f"{path} is no directory here and could not be had from the hub: {error}") from error
+
+
+def read_model_index(path: str | Path, expected: str | None = None) -> dict[str, Any]:
+    """model_index.json of a complete pipeline directory.
+
+    Args:
+        expected: the `_class_name` it must have, a key of `PIPELINE_KINDS`.
+
+    Raises:
+        UserError: no such directory, no pipeline, a component missing, or another kind of pipeline.
+    """
+    directory = resolve_pipeline_directory(path)
+    if not (directory / INDEX_NAME).is_file():
+        if (directory / LORA_NAME).is_file():
+            raise UserError(
+                f"{directory} holds a LoRA, not a pipeline: fuse it first with "
+                f"stage1/fuse_lora_weights.py --lora_path {directory} --pretrained_model_path … --output_dir …"
+            )
+        raise UserError(f"{directory} is no pipeline directory: {INDEX_NAME} is missing (has the stage finished?)")
+    try:
+        index = json.loads((directory / INDEX_NAME).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{directory / INDEX_NAME} is not valid JSON: {error}") from error
+    for name in BASE_COMPONENTS:
+        if not index.get(name) or not (directory / name).is_dir():
+            raise UserError(f"{directory} is incomplete: the component {name!r} is missing")
+    kind = index.get("_class_name")
+    if kind not in PIPELINE_KINDS:
+        raise UserError(f"{directory} holds a {kind}, not CogVideoX; known are {', '.join(PIPELINE_KINDS)}")
+    if expected is not None and kind != expected:
+        raise UserError(f"{directory} is {PIPELINE_KINDS[kind]}; here belongs {PIPELINE_KINDS[expected]}")
+    return index
+
+
+def load_component(
+    path: str | Path, name: str, torch_dtype: torch.dtype | None = None, index: dict[str, Any] | None = None
+) -> Any:
+    """One component of a pipeline directory, by the class that its index names; modules in eval mode."""
+    directory = resolve_pipeline_directory(path)
+    library, class_name = (index or read_model_index(directory))[name]
+    if library in ("diffusers", "transformers"):
+        owner = {"diffusers": diffusers, "transformers": transformers}[library]
+    elif OWN_MODULES.fullmatch(library):
+        owner = importlib.import_module(library)
+    else:
+        raise UserError(f"{directory / INDEX_NAME} names an unknown library {library!r} for {name}")
+    component_class = getattr(owner, class_name, None)
+    if component_class is None:
+        raise UserError(f"{directory / INDEX_NAME} names an unknown class {library}.{class_name} for {name}")
+    arguments = {}
+    if issubclass(component_class, torch.nn.Module):
+        # diffusers keeps the stored type only on request ("auto" in both libraries since transformers 5).
+        arguments["torch_dtype" if library != "transformers" else "dtype"] = torch_dtype or torch.float32
+    try:
+        component = component_class.from_pretrained(directory / name, **arguments)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{directory / name} could not be loaded as {class_name}: {_first_line(error)}") from error
+    return component.eval() if isinstance(component, torch.nn.Module) else component
+
+
+def load_components(path: str | Path, torch_dtype: torch.dtype | None = None, **given: Any) -> dict[str, Any]:
+    """All components of a pipeline directory, name → object; those passed by name are not loaded."""
+    directory = resolve_pipeline_directory(path)
+    index = read_model_index(directory)
+    names = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    return {
+        name: given[name] if name in given else load_component(directory, name, torch_dtype, index) for name in names
+    }
+
+
+def write_pipeline(output_dir: str | Path, base_dir: str | Path, pipeline_class: str, replaced: dict[str, Any]) -> None:
+    """Writes a complete pipeline directory: `replaced` components anew, the others linked from `base_dir`.
+
+    Links are hard where the file system allows (no space is taken twice), else copies. Every folder is written
+    beside and renamed, the index goes first and comes last: a directory with an index is complete.
+    """
+    output_dir, base_dir = Path(output_dir), resolve_pipeline_directory(base_dir)
+    base_index = read_model_index(base_dir)
+    index: dict[str, Any] = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / INDEX_NAME).unlink(missing_ok=True)
+    for name in [*(n for n, entry in base_index.items() if isinstance(entry, list)), *replaced]:
+        if name in index:
+            continue
+        if name in replaced:
+            index[name] = [_library_of(replaced[name]), type(replaced[name]).__name__]
+            replace_directory(output_dir / name, replaced[name].save_pretrained)
+        else:
+            index[name] = base_index[name]
+            if base_index[name][0] is not None:
+                replace_directory(output_dir / name, lambda target, name=name: _link_tree(base_dir / name, target))
+    temporary = output_dir / f".{INDEX_NAME}.tmp"
+    temporary.write_text(json.dumps(index, indent=2) + "\n")
+    temporary.replace(output_dir / INDEX_NAME)
+
+
+def replace_directory(target: Path, write: Any) -> None:
+    """Calls `write(path)` on a new directory beside `target`, then puts it in the target's place."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+
+
+def _library_of(component: Any) -> str:
+    module = type(component).__module__
+    return module if OWN_MODULES.fullmatch(module) else module.split(".")[0]
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Copies a folder by hard links; resolves symbolic links first (hub snapshots are made of them)."""
+
+    def link(src: str, dst: str) -> str:
+        src = os.path.realpath(src)
+        try:
+            os.link(src, dst)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(src, dst)
+        return dst
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
