@@ -1,0 +1,1 @@
+"""From files on disk to batches: index, video decoding, control signals, buckets, data sets, latent cache."""
