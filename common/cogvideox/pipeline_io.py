@@ -79,31 +79,38 @@ def read_model_index(path: str | Path, expected: str | None = None) -> dict[str,
     return index
 
 
-def load_component(
-    path: str | Path, name: str, torch_dtype: torch.dtype | None = None, index: dict[str, Any] | None = None
-) -> Any:
-    """One component of a pipeline directory, by the class that its index names; modules in eval mode."""
-    directory = resolve_pipeline_directory(path)
-    library, class_name = (index or read_model_index(directory))[name]
+def component_class(directory: Path, name: str, index: dict[str, Any]) -> type:
+    """The class that a pipeline directory's index names for a component: diffusers', transformers' or ours."""
+    library, class_name = index[name]
     if library in ("diffusers", "transformers"):
         owner = {"diffusers": diffusers, "transformers": transformers}[library]
     elif OWN_MODULES.fullmatch(library):
         owner = importlib.import_module(library)
     else:
         raise UserError(f"{directory / INDEX_NAME} names an unknown library {library!r} for {name}")
-    component_class = getattr(owner, class_name, None)
-    if component_class is None:
+    if not hasattr(owner, class_name):
         raise UserError(f"{directory / INDEX_NAME} names an unknown class {library}.{class_name} for {name}")
+    return getattr(owner, class_name)
+
+
+def load_component(
+    path: str | Path, name: str, torch_dtype: torch.dtype | None = None, index: dict[str, Any] | None = None
+) -> Any:
+    """One component of a pipeline directory; modules in eval mode and in `torch_dtype` (float32 by default)."""
+    directory = resolve_pipeline_directory(path)
+    loaded_class = component_class(directory, name, index or read_model_index(directory))
     arguments = {}
-    if issubclass(component_class, torch.nn.Module):
-        # diffusers keeps the stored type only on request ("auto" in both libraries since transformers 5).
-        arguments["torch_dtype" if library != "transformers" else "dtype"] = torch_dtype or torch.float32
+    if issubclass(loaded_class, torch.nn.Module):
+        is_transformers = issubclass(loaded_class, transformers.PreTrainedModel)
+        arguments["dtype" if is_transformers else "torch_dtype"] = torch_dtype or torch.float32
     try:
-        component = component_class.from_pretrained(directory / name, **arguments)
+        component = loaded_class.from_pretrained(directory / name, **arguments)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{directory / name} could not be loaded as {class_name}: {_first_line(error)}") from error
+        raise UserError(
+            f"{directory / name} could not be loaded as {loaded_class.__name__}: {_first_line(error)}"
+        ) from error
     return component.eval() if isinstance(component, torch.nn.Module) else component
 
 

@@ -1,0 +1,153 @@
+"""What the objectives of all four stages share: frozen components, derived sizes, fixed-timestep validation.
+
+Shapes: B batch · F latent frames · C latent channels · H W latent height/width · S tokens per latent frame.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers.training_utils import cast_training_params
+from torch import Tensor, nn
+
+from common.cogvideox import noise_schedule
+from common.cogvideox.pipeline_io import (
+    component_class,
+    load_component,
+    read_model_index,
+    resolve_pipeline_directory,
+)
+from common.cogvideox.rotary import rotary_positional_embeddings
+from common.config.settings import VAE_TIME_FACTOR
+from common.training.encoding import LatentEncoder
+from common.training.objective import Objective
+
+# Where the held-out loss is measured: the middle of each quarter of the T timesteps, so that a curve means something.
+VALIDATION_TIMESTEPS = (125, 375, 625, 875)
+
+
+class CogVideoXObjective(Objective):
+    """A stage's objective on a CogVideoX pipeline directory. Subclasses set `base_pipeline`.
+
+    Attributes (after `load`):
+        scheduler, alphas: the base's scheduler, and its ᾱ as noise_schedule takes it: [T+1], float64.
+        device, weight_dtype: where the models are; the type of frozen ones.
+    """
+
+    base_pipeline: str  # the kind of directory that the stage starts from (`_class_name` in its index)
+    transformer_dtype: torch.dtype | None = None  # to load the base's transformer in; None is `weight_dtype`
+
+    def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
+        """Loads the base, all frozen in `weight_dtype`, and makes the module, what it trains in float32."""
+        self.device, self.weight_dtype = device, weight_dtype
+        self.base_dir = resolve_pipeline_directory(self.settings.pretrained_model_name_or_path)
+        read_model_index(self.base_dir, expected=self.base_pipeline)
+        self.scheduler = load_component(self.base_dir, "scheduler")
+        self.alphas = noise_schedule.alphas_with_clean_end(self.scheduler, device)
+        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
+        self.tokenizer = load_component(self.base_dir, "tokenizer")
+        # With a cache the text encoder serves "" and the validation prompts alone: not worth 10 GB of the GPU.
+        text_device = torch.device("cpu") if self.settings.latent_cache_dir else device
+        self.text_encoder = self._frozen("text_encoder", text_device)
+        self.vae = self._frozen("vae", device)
+        self.encoder = LatentEncoder(
+            self.vae,
+            self.tokenizer,
+            self.text_encoder,
+            max_sequence_length=self.settings.max_sequence_length,
+            caption_dropout=self.settings.caption_dropout,
+            device=device,
+            dtype=weight_dtype,
+        )
+        transformer = load_component(self.base_dir, "transformer", self.transformer_dtype or weight_dtype)
+        self.module = self.make_module(transformer.requires_grad_(False).to(device))
+        # Steps of pure bf16 would round away: at lr 1e-5 most updates are smaller than half a bf16 digit.
+        cast_training_params(self.module, torch.float32)
+
+    def _frozen(self, name: str, device: torch.device) -> nn.Module:
+        return load_component(self.base_dir, name, self.weight_dtype).requires_grad_(False).to(device)
+
+    def components(self, transformer: nn.Module) -> dict[str, Any]:
+        """A pipeline's components with this transformer. No text encoder: it may be on another device than the
+        rest (see `load`), so prompts are encoded by `encoder`."""
+        return {
+            "tokenizer": self.tokenizer,
+            "text_encoder": None,
+            "vae": self.vae,
+            "transformer": transformer,
+            "scheduler": self.scheduler,
+        }
+
+    def rotary_embedding(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos, sin [F·S, head_dim] for latents [B,F,C,H,W] of models with rotary positions (5B), else None."""
+        return rotary_positional_embeddings(self.plain_module.config, latents.shape, latents.device)
+
+    def autocast(self) -> torch.autocast:
+        """Products in `weight_dtype` where float32 weights meet it outside of the trainer's own autocast."""
+        enabled = self.weight_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.weight_dtype if enabled else None, enabled=enabled)
+
+    def make_module(self, transformer: CogVideoXTransformer3DModel) -> nn.Module:
+        """The trainable module made of the base's frozen transformer; `requires_grad` marks what is trained.
+
+        Also called on the meta device, by `describe`.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, object]:
+        """Derived sizes from the settings and the base's configs; no weights are read."""
+        settings = self.settings
+        base = Path(settings.pretrained_model_name_or_path)
+        transformer_class, config, scale = CogVideoXTransformer3DModel, {}, 8
+        if base.is_dir():
+            index = read_model_index(base, expected=self.base_pipeline)
+            transformer_class = component_class(base, "transformer", index)
+            config = transformer_class.load_config(base / "transformer")
+            vae_config = AutoencoderKLCogVideoX.load_config(base / "vae")
+            scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        with torch.device("meta"):
+            module = self.make_module(transformer_class.from_config(config).requires_grad_(False))
+        patch = module.config.patch_size * scale
+        frames = {n: (n - 1) // VAE_TIME_FACTOR + 1 for n in settings.frame_buckets}
+        return {
+            "base": str(base) if base.is_dir() else f"{base} (not on this disk: sizes are those of CogVideoX-2B)",
+            "latent frames per window": list(frames.values()),
+            "video tokens per window": {
+                f"{n}x{height}x{width}": f * (height // patch) * (width // patch)
+                for n, f in frames.items()
+                for height in settings.height_buckets
+                for width in settings.width_buckets
+            },
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "trained parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        }
+
+    def velocity_error(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Squared error of v, mean per frame: [B,F]. In float32: bf16 loses what small timesteps teach.
+
+        Equal to the x0 error weighted by 1/(1−ᾱ_t), the weight CogVideoX's trainers use: x0 = √ᾱ·x − √(1−ᾱ)·v.
+        """
+        target = noise_schedule.velocity(latents, noise, timesteps, self.alphas)
+        return (prediction.float() - target).square().mean(dim=(2, 3, 4))
+
+    @torch.no_grad()
+    def sample_clip(self, pipeline: Any, prompt: str, seed: int, **arguments: Any) -> np.ndarray:
+        """A whole clip from a diffusers-like pipeline, of the first bucket's size: uint8 [N,h,w,3]."""
+        settings = self.settings
+        pipeline.set_progress_bar_config(disable=True)
+        with self.autocast():
+            frames = pipeline(
+                prompt_embeds=self.encoder.encode_prompts([prompt]),
+                negative_prompt_embeds=self.encoder.empty_prompt[None],
+                num_frames=settings.frame_buckets[0],
+                height=settings.height_buckets[0],
+                width=settings.width_buckets[0],
+                num_inference_steps=settings.validation_num_inference_steps,
+                generator=torch.Generator(self.device).manual_seed(seed),
+                max_sequence_length=settings.max_sequence_length,
+                output_type="np",
+                **arguments,
+            ).frames[0]
+        return (frames * 255).round().astype(np.uint8)

@@ -1,0 +1,131 @@
+"""What the objectives of stages 2 to 4 share, and the window settings of stages 3 and 4.
+
+Shapes: B batch · F latent frames, F = 1 + G·W · G noise groups · W frames per group · C latent channels ·
+H W latent height/width · N raw frames.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
+from common.cogvideox.pipeline_io import load_component
+from common.config.errors import SettingError, UserError
+from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
+from common.data.control_signals import CONTROL_TOKENS
+from common.training.cogvideox_objective import CogVideoXObjective
+from common.training.encoding import EncodedBatch
+from common.training.random import SampleRandom
+
+
+@dataclass
+class StreamingSettings(TrainingSettings):
+    """Settings of the stages that train on a sliding window."""
+
+    num_noise_groups: int = 4  # G: a window is one condition frame and G groups of rising noise
+    uniform_timestep_share: float = 0.2  # share of samples with one timestep for all frames: a stream's start
+    control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
+    validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
+    validation_control_guidance_scale: float = 6.0  # control guidance of the sample videos; 1 for none
+
+    def validate(self) -> None:
+        super().validate()
+        if self.num_noise_groups < 1:
+            raise SettingError("num_noise_groups", f"must be 1 or more, got {self.num_noise_groups}")
+        for name in ("uniform_timestep_share", "control_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(name, f"must lie between 0 and 1, got {getattr(self, name)}")
+        for frames in self.frame_buckets:
+            self.check_window("frame_buckets", frames)
+
+    def check_window(self, setting: str, num_raw_frames: int) -> None:
+        """Refuses raw frames whose latent frames are not 1 + G·W."""
+        groups, latent_frames = self.num_noise_groups, (num_raw_frames - 1) // VAE_TIME_FACTOR + 1
+        if (num_raw_frames - 1) % VAE_TIME_FACTOR or (latent_frames - 1) % groups or latent_frames < 1 + groups:
+            step = VAE_TIME_FACTOR * groups
+            below = max((num_raw_frames - 1) // step, 1) * step + 1
+            raise SettingError(
+                setting,
+                f"{num_raw_frames} frames do not make a condition frame and {groups} equal groups of latent frames; "
+                f"use {below} or {below + step}",
+            )
+
+    def frames_per_group(self) -> int:
+        """W of the longest window: what the exported scheduler streams with unless told otherwise."""
+        return (max(self.frame_buckets) - 1) // VAE_TIME_FACTOR // self.num_noise_groups
+
+
+class ControlledObjective(CogVideoXObjective):
+    """A control signal per latent frame, dropped now and then for guidance.
+
+    Attributes:
+        vocabulary: what the signals are; set by `load`.
+    """
+
+    needs_control = True
+    vocabulary: ControlVocabulary
+
+    def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
+        super().load(device, weight_dtype)
+        self.vocabulary = self.load_vocabulary()
+        if self.vocabulary.names != list(CONTROL_TOKENS):
+            raise UserError(
+                f"{self.base_dir} obeys {', '.join(self.vocabulary.names)}; the data's signals are "
+                f"{', '.join(CONTROL_TOKENS)}"
+            )
+
+    def load_vocabulary(self) -> ControlVocabulary:
+        return load_component(self.base_dir, "control_vocabulary")
+
+    def components(self, transformer: nn.Module) -> dict[str, Any]:
+        return {**super().components(transformer), "control_vocabulary": self.vocabulary}
+
+    def control_embeds(self, batch: EncodedBatch, rng: SampleRandom) -> Tensor:
+        """Rows of the vocabulary [B,F,control_dim]; a whole sequence becomes the null row with `control_dropout`.
+
+        Drawn independently of caption dropout, so that sampling can guide on text, on control, or on both.
+        """
+        dropped = rng.bernoulli(self.settings.control_dropout).to(self.device)  # bool [B]
+        return self.vocabulary.embed(torch.where(dropped[:, None], NULL_INDEX, batch.control_indices))
+
+    def predict(
+        self, module: nn.Module, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, control_embeds: Tensor, **more
+    ) -> Tensor:
+        """v [B,F,C,H,W] at timesteps [B] or [B,F]."""
+        return module(
+            hidden_states=noisy.to(self.weight_dtype),
+            encoder_hidden_states=prompt_embeds,
+            timestep=timesteps,
+            control_embeds=control_embeds,
+            image_rotary_emb=self.rotary_embedding(noisy),
+            return_dict=False,
+            **more,
+        )[0]
+
+    @torch.no_grad()
+    def sample_stream(self, pipeline: Any, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
+        """As many raw frames of a stream as there are control tokens, else one window and a shift: uint8 [N,h,w,3]."""
+        settings = self.settings
+        num_frames = len(control) if control else max(settings.frame_buckets) + 8
+        chunks, made = [], 0
+        with self.autocast():
+            stream = pipeline.stream(
+                prompt_embeds=self.encoder.encode_prompts([prompt]),
+                negative_prompt_embeds=self.encoder.empty_prompt[None],
+                control=control,
+                height=settings.height_buckets[0],
+                width=settings.width_buckets[0],
+                num_inference_steps=settings.validation_num_inference_steps,
+                guidance_scale=settings.validation_guidance_scale,
+                control_guidance_scale=settings.validation_control_guidance_scale,
+                generator=torch.Generator(self.device).manual_seed(seed),
+            )
+            for chunk in stream:
+                chunks.append(chunk)
+                made += len(chunk)
+                if made >= num_frames:
+                    break
+        return np.concatenate(chunks)[:num_frames]

@@ -1,0 +1,97 @@
+"""Stage 1: a LoRA on the attention projections teaches the base model how the game world looks.
+
+Shapes: B batch · F latent frames · C latent channels · H W latent height/width.
+Source: LoRA, arXiv 2106.09685; The Matrix, arXiv 2412.03568.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import CogVideoXPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from common.cogvideox.noise_schedule import mix_noise
+from common.config.errors import SettingError
+from common.config.settings import TrainingSettings
+from common.training.cogvideox_objective import VALIDATION_TIMESTEPS, CogVideoXObjective
+from common.training.encoding import EncodedBatch
+from common.training.random import SampleRandom
+
+TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass
+class LoraSettings(TrainingSettings):
+    """Settings of stage 1."""
+
+    rank: int = 256  # rank of the two factors that are added to each attention projection
+    lora_alpha: float = 256.0  # the product of the factors is scaled by lora_alpha / rank
+    validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
+
+    def validate(self) -> None:
+        super().validate()
+        if self.rank < 1:
+            raise SettingError("rank", f"must be 1 or more, got {self.rank}")
+        if self.lora_alpha <= 0:
+            raise SettingError("lora_alpha", f"must be more than 0, got {self.lora_alpha}")
+
+    def build_objective(self) -> "LoraObjective":
+        return LoraObjective(self)
+
+
+class LoraObjective(CogVideoXObjective):
+    """v-prediction with one timestep a sample, drawn uniformly; only the LoRA is trained."""
+
+    base_pipeline = "CogVideoXPipeline"
+
+    def make_module(self, transformer: nn.Module) -> nn.Module:
+        config = LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.lora_alpha,
+            init_lora_weights=True,  # the second factor zero: training starts from the base
+            target_modules=TARGET_MODULES,
+        )
+        transformer.add_adapter(config)
+        return transformer
+
+    def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        timesteps = rng.randint(0, self.num_train_timesteps)  # [B]
+        return self._velocity_error(batch, timesteps, rng), {}
+
+    def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
+        losses = {}
+        for t in VALIDATION_TIMESTEPS:
+            timesteps = torch.full((len(batch),), t, device=batch.latents.device)
+            losses[f"loss_t{t}"] = self._velocity_error(batch, timesteps, rng)
+        return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+
+    def _velocity_error(self, batch: EncodedBatch, timesteps: Tensor, rng: SampleRandom) -> Tensor:
+        noise = rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
+        noisy = mix_noise(batch.latents, noise, timesteps, self.alphas)
+        prediction = self.module(
+            hidden_states=noisy.to(self.weight_dtype),
+            encoder_hidden_states=batch.prompt_embeds,
+            timestep=timesteps,
+            image_rotary_emb=self.rotary_embedding(batch.latents),
+            return_dict=False,
+        )[0]
+        return self.velocity_error(prediction, batch.latents, noise, timesteps).mean()
+
+    def export(self, output_dir: Path) -> None:
+        """`pytorch_lora_weights.safetensors`, with rank and alpha in its metadata: diffusers loads it as trained."""
+        transformer = self.plain_module
+        CogVideoXPipeline.save_lora_weights(
+            output_dir,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
+
+    def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
+        pipeline = CogVideoXPipeline(**self.components(self.plain_module))
+        pipeline.set_progress_bar_config(disable=True)
+        return self.sample_clip(pipeline, prompt, seed, guidance_scale=self.settings.validation_guidance_scale)

@@ -1,0 +1,165 @@
+"""Stage 2: the Interactive Module learns to obey a control signal per latent frame; all else is frozen.
+
+Shapes: B batch · F latent frames · C latent channels · H W latent height/width.
+Source: The Matrix, arXiv 2412.03568, section 3.2.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.cogvideox.control_adapter import ControlVocabulary
+from common.cogvideox.noise_schedule import mix_noise
+from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
+from common.cogvideox.pipeline_io import write_pipeline
+from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
+from common.config.errors import SettingError, UserError
+from common.config.fields import PathSetting
+from common.config.settings import TrainingSettings
+from common.data.control_signals import CONTROL_TOKENS
+from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
+from common.training.controlled_objective import ControlledObjective
+from common.training.encoding import EncodedBatch
+from common.training.random import SampleRandom
+
+# What CLIP is told about each signal, unless `control_sentences_file` brings other sentences.
+SENTENCES = {
+    "D": "the car drives straight ahead",
+    "DL": "the car drives ahead and turns left",
+    "DR": "the car drives ahead and turns right",
+    "B": "the car brakes and reverses straight back",
+    "BL": "the car reverses and turns left",
+    "BR": "the car reverses and turns right",
+    "N": "the car coasts without any command",
+    "NL": "the car coasts and turns left",
+    "NR": "the car coasts and turns right",
+}
+
+
+@dataclass
+class ControlSettings(TrainingSettings):
+    """Settings of stage 2."""
+
+    control_dim: int = 768  # width of a signal's row; that of CLIP's text features if there is a text encoder
+    control_start_layer: int = 15  # the first layer that a control block follows
+    control_end_layer: int = 30  # one past the last
+    control_attention: str = "frame_causal"  # or "token_causal", the published form
+    control_temporal_position: bool = True  # keys of control attention carry their frame's position
+    control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
+    control_text_encoder: PathSetting = ""  # CLIP directory or hub id; "" takes a fixed orthogonal table
+    control_sentences_file: PathSetting = ""  # JSON of signal → sentence for CLIP; "" takes this file's sentences
+    validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
+    validation_control_guidance_scale: float = 1.0  # control guidance of the sample videos; 1 for none
+
+    def validate(self) -> None:
+        super().validate()
+        if not 0 <= self.control_dropout <= 1:
+            raise SettingError("control_dropout", f"must lie between 0 and 1, got {self.control_dropout}")
+        if not 0 <= self.control_start_layer < self.control_end_layer:
+            raise SettingError(
+                "control_start_layer",
+                f"{self.control_start_layer} must be below control_end_layer {self.control_end_layer}",
+            )
+        if self.control_attention not in ("frame_causal", "token_causal"):
+            raise SettingError(
+                "control_attention", f"{self.control_attention!r} is not one of 'frame_causal', 'token_causal'"
+            )
+
+    def build_objective(self) -> "ControlObjective":
+        return ControlObjective(self)
+
+
+class ControlObjective(ControlledObjective):
+    """Stage 1's loss, with a control signal; only the control adapter is trained."""
+
+    base_pipeline = "CogVideoXPipeline"
+
+    def make_module(self, transformer: nn.Module) -> nn.Module:
+        settings = self.settings
+        try:
+            module = CogVideoXControlTransformer3DModel.from_transformer(
+                transformer,
+                control_dim=settings.control_dim,
+                control_start_layer=settings.control_start_layer,
+                control_end_layer=settings.control_end_layer,
+                control_attention=settings.control_attention,
+                control_temporal_position=settings.control_temporal_position,
+            )
+        except ValueError as error:
+            raise UserError(f"control_start_layer, control_end_layer: {error}") from error
+        module.requires_grad_(False)
+        for parameter in module.control_parameters():
+            parameter.requires_grad_(True)
+        return module
+
+    def load_vocabulary(self) -> ControlVocabulary:
+        settings = self.settings
+        if not settings.control_text_encoder:
+            return ControlVocabulary.orthogonal(list(CONTROL_TOKENS), settings.control_dim)
+        sentences = SENTENCES
+        if settings.control_sentences_file:
+            sentences = read_sentences(settings.control_sentences_file)
+        vocabulary = ControlVocabulary.from_clip(sentences, settings.control_text_encoder)
+        if vocabulary.control_dim != settings.control_dim:
+            raise SettingError(
+                "control_dim",
+                f"is {settings.control_dim}; {settings.control_text_encoder} makes {vocabulary.control_dim}",
+            )
+        return vocabulary
+
+    def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        timesteps = rng.randint(0, self.num_train_timesteps)  # [B]
+        return self._velocity_error(batch, timesteps, self.control_embeds(batch, rng), rng), {}
+
+    def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
+        """Also without control: what the signal is worth is the difference."""
+        losses = {}
+        for t in VALIDATION_TIMESTEPS:
+            timesteps = torch.full((len(batch),), t, device=self.device)
+            rows = self.vocabulary.embed(batch.control_indices)
+            losses[f"loss_t{t}"] = self._velocity_error(batch, timesteps, rows, rng)
+        losses["loss"] = torch.stack(list(losses.values())).mean()
+        null = self.vocabulary.embed(torch.full_like(batch.control_indices, -1))
+        losses["loss_without_control"] = torch.stack(
+            [
+                self._velocity_error(batch, torch.full((len(batch),), t, device=self.device), null, rng)
+                for t in VALIDATION_TIMESTEPS
+            ]
+        ).mean()
+        return losses
+
+    def _velocity_error(self, batch: EncodedBatch, timesteps: Tensor, rows: Tensor, rng: SampleRandom) -> Tensor:
+        noise = rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
+        noisy = mix_noise(batch.latents, noise, timesteps, self.alphas)
+        prediction = self.predict(self.module, noisy, timesteps, batch.prompt_embeds, rows)
+        return self.velocity_error(prediction, batch.latents, noise, timesteps).mean()
+
+    def export(self, output_dir: Path) -> None:
+        parts = {"transformer": self.plain_module, "control_vocabulary": self.vocabulary}
+        write_pipeline(output_dir, self.base_dir, "CogVideoXControlPipeline", parts)
+
+    def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
+        return self.sample_clip(
+            CogVideoXControlPipeline(**self.components(self.plain_module)),
+            prompt,
+            seed,
+            control_signal=control,
+            guidance_scale=self.settings.validation_guidance_scale,
+            control_guidance_scale=self.settings.validation_control_guidance_scale,
+        )
+
+
+def read_sentences(path: str) -> dict[str, str]:
+    """Signal → sentence from a JSON file, in index order."""
+    try:
+        sentences = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"control_sentences_file {path} could not be read as JSON: {error}") from error
+    missing = [token for token in CONTROL_TOKENS if token not in sentences]
+    if missing:
+        raise UserError(f"control_sentences_file {path} has no sentence for {', '.join(missing)}")
+    return {token: sentences[token] for token in CONTROL_TOKENS}

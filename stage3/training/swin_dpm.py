@@ -1,0 +1,136 @@
+"""Stage 3: every parameter learns to denoise a sliding window of rising noise, which streams without end.
+
+Shapes: B batch · F latent frames, F = 1 + G·W · G noise groups · W frames per group · C latent channels ·
+H W latent height/width · T train timesteps.
+Source: Shift-Window Denoising Process Model, The Matrix, arXiv 2412.03568, section 3.3.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.cogvideox.noise_schedule import CLEAN, group_size, mix_noise
+from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.pipeline_io import write_pipeline
+from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, sample_group_timesteps
+from common.config.errors import SettingError
+from common.config.settings import VAE_TIME_FACTOR
+from common.training.controlled_objective import ControlledObjective, StreamingSettings
+from common.training.encoding import EncodedBatch
+from common.training.random import SampleRandom
+
+
+@dataclass
+class SwinDPMSettings(StreamingSettings):
+    """Settings of stage 3."""
+
+    condition_timestep: int = CLEAN  # noise level of the condition frame, in training and sampling; -1 is clean
+    window_frames: int = 0  # raw frames of a window, cut at a random latent offset of the clip; 0 takes all of it
+
+    def validate(self) -> None:
+        super().validate()
+        if not -1 <= self.condition_timestep < 1000:
+            raise SettingError("condition_timestep", f"must be -1 (clean) or a timestep, got {self.condition_timestep}")
+        if self.window_frames:
+            self.check_window("window_frames", self.window_frames)
+            if self.window_frames > min(self.frame_buckets):
+                raise SettingError(
+                    "window_frames",
+                    f"{self.window_frames} is more than frame_buckets' shortest, {min(self.frame_buckets)}",
+                )
+
+    def frames_per_group(self) -> int:
+        longest = self.window_frames or max(self.frame_buckets)
+        return (longest - 1) // VAE_TIME_FACTOR // self.num_noise_groups
+
+    def build_objective(self) -> "SwinDPMObjective":
+        return SwinDPMObjective(self)
+
+
+class SwinDPMObjective(ControlledObjective):
+    """v-prediction with noise rising from group to group behind a clean condition frame; all weights are trained."""
+
+    base_pipeline = "CogVideoXControlPipeline"
+    transformer_dtype = torch.float32  # all of it is trained: the master weights
+
+    def make_module(self, transformer: nn.Module) -> nn.Module:
+        return transformer.requires_grad_(True)
+
+    def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self._cut_window(batch, rng)
+        num_frames = batch.latents.shape[1]
+        groups = sample_group_timesteps(
+            len(batch), num_frames, self.settings.num_noise_groups, self.num_train_timesteps, rng.generators
+        )  # [B,F], frame 0 at 0
+        # Some samples have one timestep for all frames and no condition, so that the same weights can start a
+        # stream from text alone.
+        uniform = rng.randint(0, self.num_train_timesteps)[:, None]  # [B,1]
+        is_uniform = rng.bernoulli(self.settings.uniform_timestep_share)[:, None]  # [B,1]
+        timesteps = torch.where(is_uniform, uniform, groups)
+        is_condition = ~is_uniform & (torch.arange(num_frames, device=timesteps.device) == 0)  # [B,F]
+
+        error = self._velocity_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
+        learnt = (~is_condition).float()
+        return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
+
+    def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
+        """At the middle of the noise range, per group and in all; windows from the clips' start."""
+        num_groups = self.settings.num_noise_groups
+        batch = self._cut_window(batch, None)
+        num_frames = batch.latents.shape[1]
+        width, span = group_size(num_frames, num_groups), self.num_train_timesteps // num_groups
+        levels = torch.arange(num_groups, device=self.device) * span + span // 2  # [G]
+        timesteps = torch.cat([levels.new_zeros(1), levels.repeat_interleave(width)]).expand(len(batch), -1)
+        is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(timesteps)
+        rows = self.vocabulary.embed(batch.control_indices)
+        error = self._velocity_error(batch, timesteps, is_condition, rows, rng)[:, 1:]  # [B,G·W]
+        by_group = error.unflatten(1, (num_groups, width)).mean(dim=(0, 2))
+        return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(by_group)}}
+
+    def _cut_window(self, batch: EncodedBatch, rng: SampleRandom | None) -> EncodedBatch:
+        """A window of `window_frames` from each clip, at a random offset, or at 0 without `rng`.
+
+        Behind an offset the condition is an ordinary latent of four frames, as it is while streaming.
+        """
+        if not self.settings.window_frames:
+            return batch
+        length = (self.settings.window_frames - 1) // VAE_TIME_FACTOR + 1
+        last = batch.latents.shape[1] - length
+        offsets = torch.zeros(len(batch), dtype=torch.long) if rng is None else rng.randint(0, last + 1).cpu()
+        frames = (offsets[:, None] + torch.arange(length)).to(self.device)  # [B,F]
+        rows = torch.arange(len(batch), device=self.device)[:, None]
+        return EncodedBatch(
+            batch.latents[rows, frames], batch.prompt_embeds, batch.control_indices[rows, frames], batch.sample_ids
+        )
+
+    def _velocity_error(
+        self, batch: EncodedBatch, timesteps: Tensor, is_condition: Tensor, rows: Tensor, rng: SampleRandom
+    ) -> Tensor:
+        """Error of v per frame [B,F]; that of condition frames means nothing."""
+        noise = rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
+        levels = torch.where(is_condition, self.settings.condition_timestep, timesteps)
+        told = levels.clamp(min=0)  # the model knows no timestep -1: clean is told as 0
+        noisy = mix_noise(batch.latents, noise, levels, self.alphas)
+        prediction = self.predict(self.module, noisy, told, batch.prompt_embeds, rows)
+        return self.velocity_error(prediction, batch.latents, noise, told)
+
+    def export(self, output_dir: Path) -> None:
+        parts = {"transformer": self.plain_module, "scheduler": self.streaming_scheduler()}
+        write_pipeline(output_dir, self.base_dir, "CogVideoXStreamingPipeline", parts)
+
+    def streaming_scheduler(self) -> CogVideoXSwinDPMScheduler:
+        return CogVideoXSwinDPMScheduler.from_config(
+            self.scheduler.config,
+            num_noise_groups=self.settings.num_noise_groups,
+            frames_per_group=self.settings.frames_per_group(),
+            condition_timestep=self.settings.condition_timestep,
+        )
+
+    def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
+        pipeline = CogVideoXStreamingPipeline(
+            **{**self.components(self.plain_module), "scheduler": self.streaming_scheduler()}
+        )
+        return self.sample_stream(pipeline, prompt, control, seed)

@@ -1,0 +1,209 @@
+"""Stage 4: stream consistency distillation. A student learns stage 3's path through a window shift in one forward.
+
+P = G·m phases of T/P timesteps; b(t) is the boundary below t. f(x_t, t) is one DDIM jump from t to b(t) by the
+predicted x̂0. Every group of a window has its own phase and all share one offset, so a window is one sample of all
+noise levels at once. The teacher makes one solver step t → s with guidance; the student's f(x_t, t) is drawn to the
+EMA student's f(x_s, s), which at s = b(t) is the teacher's own point.
+
+Shapes: B batch · F latent frames, F = 1 + G·W · G noise groups · W frames per group · C latent channels ·
+H W latent height/width · T train timesteps · K solver steps.
+Sources: consistency models, arXiv 2303.01469; latent consistency models, arXiv 2310.04378; phased consistency models,
+arXiv 2405.18407; The Matrix, arXiv 2412.03568, section 3.4, which names the stage and publishes no training.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.cogvideox.guidance import guidance_branches, guidance_scale_embedding
+from common.cogvideox.noise_schedule import CLEAN, ddim_step, mix_noise, predict_x0
+from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.pipeline_io import write_pipeline
+from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
+from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
+from common.config.errors import SettingError
+from common.training.controlled_objective import ControlledObjective, StreamingSettings
+from common.training.ema import update_ema
+from common.training.encoding import EncodedBatch
+from common.training.random import SampleRandom
+
+
+@dataclass
+class SCMSettings(StreamingSettings):
+    """Settings of stage 4."""
+
+    phases_per_group: int = 1  # m: forwards per window shift of the distilled model
+    num_solver_steps: int = 40  # K: the teacher's step spans T/K timesteps
+    continuous_offsets: bool = False  # draw offsets from all timesteps, not from the solver's grid alone
+    teacher_guidance_scale: float = 6.0  # the teacher's guidance on text, which the student learns; 1 for none
+    teacher_control_guidance_scale: float = 6.0  # the teacher's guidance on control; 1 for none
+    guidance_range: list[float] = field(default_factory=list)  # [low, high]: draw the teacher's guidance (on both)
+    cond_proj_dim: int | None = None  # width of the embedding that tells the student the guidance drawn
+    huber_c: float = 0.01  # pseudo-Huber: quadratic below, linear above
+    ema_decay: float = 0.95  # decay per step of the target's weights, which are also what is exported
+
+    def validate(self) -> None:
+        super().validate()
+        phases = self.num_noise_groups * self.phases_per_group
+        if self.phases_per_group < 1:
+            raise SettingError("phases_per_group", f"must be 1 or more, got {self.phases_per_group}")
+        if self.num_solver_steps < phases or self.num_solver_steps % phases:
+            below = max(self.num_solver_steps // phases, 1) * phases
+            raise SettingError(
+                "num_solver_steps",
+                f"{self.num_solver_steps} is not a multiple of the {phases} phases "
+                f"(num_noise_groups × phases_per_group); use {below} or {below + phases}",
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise SettingError("ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}")
+        if self.huber_c <= 0:
+            raise SettingError("huber_c", f"must be more than 0, got {self.huber_c}")
+        if bool(self.guidance_range) != (self.cond_proj_dim is not None):
+            raise SettingError("guidance_range", "goes together with cond_proj_dim: set both or neither")
+        if self.guidance_range and (len(self.guidance_range) != 2 or self.guidance_range[0] > self.guidance_range[1]):
+            raise SettingError("guidance_range", f"must be [low, high], got {self.guidance_range}")
+
+    def build_objective(self) -> "SCMObjective":
+        return SCMObjective(self)
+
+
+class SCMObjective(ControlledObjective):
+    """Three roles over one architecture: the frozen teacher, the student (`module`), the EMA student as target."""
+
+    base_pipeline = "CogVideoXStreamingPipeline"
+    transformer_dtype = torch.float32  # of the student's master weights; the teacher is cast down
+
+    def make_module(self, transformer: nn.Module) -> nn.Module:
+        student = CogVideoXControlTransformer3DModel.from_transformer(
+            transformer, cond_proj_dim=self.settings.cond_proj_dim
+        )
+        self.teacher = transformer
+        return student.requires_grad_(True)
+
+    def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
+        super().load(device, weight_dtype)
+        self.teacher.to(weight_dtype).eval()
+        self.target = copy.deepcopy(self.module).requires_grad_(False)
+        self.student_scheduler = self._make_scheduler()
+
+    def _make_scheduler(self) -> CogVideoXSwinLCMScheduler:
+        return CogVideoXSwinLCMScheduler.from_config(
+            self.scheduler.config,
+            num_noise_groups=self.settings.num_noise_groups,
+            frames_per_group=self.settings.frames_per_group(),
+            phases_per_group=self.settings.phases_per_group,
+            original_inference_steps=self.settings.num_solver_steps,
+        )
+
+    def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        timesteps = self._sample_timesteps(batch.latents.shape[1], rng)  # [B,F], CLEAN for conditions
+        error = self._consistency_error(batch, timesteps, self.control_embeds(batch, rng), rng)
+        learnt = (timesteps != CLEAN).float()
+        return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
+
+    def _sample_timesteps(self, num_frames: int, rng: SampleRandom) -> Tensor:
+        """[B,F]: group g at g·T/G plus an offset that all groups share; the condition frame at CLEAN.
+
+        Some samples have one timestep for all frames and no condition, as where a stream starts from text.
+        """
+        settings, T = self.settings, self.num_train_timesteps
+        G, span = settings.num_noise_groups, T // settings.num_solver_steps
+        if settings.continuous_offsets:
+            offset, uniform = rng.randint(0, T // G), rng.randint(0, T)  # [B]
+        else:
+            offset = rng.randint(1, T // G // span + 1) * span - 1
+            uniform = rng.randint(1, settings.num_solver_steps + 1) * span - 1
+        starts = torch.arange(G, device=offset.device).repeat_interleave((num_frames - 1) // G) * (T // G)  # [G·W]
+        groups = torch.cat([torch.full_like(offset[:, None], CLEAN), offset[:, None] + starts], dim=1)  # [B,F]
+        is_uniform = rng.bernoulli(settings.uniform_timestep_share)
+        return torch.where(is_uniform[:, None], uniform[:, None], groups)
+
+    def _consistency_error(
+        self, batch: EncodedBatch, timesteps: Tensor, control_embeds: Tensor, rng: SampleRandom
+    ) -> Tensor:
+        """Pseudo-Huber distance of the student's jump from the target's, mean per frame: [B,F]."""
+        noise = rng.normal(batch.latents.shape[1:])
+        noisy = mix_noise(batch.latents, noise, timesteps, self.alphas)  # x_t
+        condition = timesteps == CLEAN
+        boundary = torch.where(condition, CLEAN, self.student_scheduler.phase_boundary(timesteps.clamp(min=0)))
+        solver = torch.where(condition, CLEAN, self.student_scheduler.solver_timestep(timesteps.clamp(min=0)))
+        scale, timestep_cond = self._draw_guidance(rng)
+        more = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
+
+        with torch.no_grad():
+            teacher_x0 = self._teacher_x0(noisy, timesteps, batch.prompt_embeds, control_embeds, scale)
+            solved = ddim_step(noisy, teacher_x0, timesteps, solver, self.alphas)  # x_s
+            with self.autocast():
+                target = self._jump(self.target, solved, solver, boundary, batch.prompt_embeds, control_embeds, more)
+        jumped = self._jump(self.module, noisy, timesteps, boundary, batch.prompt_embeds, control_embeds, more)
+        c = self.settings.huber_c
+        return ((jumped - target).square() + c**2).sqrt().sub(c).mean(dim=(2, 3, 4))
+
+    def _jump(
+        self, module: nn.Module, sample: Tensor, timesteps: Tensor, boundary: Tensor, prompt: Tensor, control: Tensor,
+        more: dict[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """f(x_t, t) = c_skip·x_t + c_out·x̂0: a DDIM jump to the boundary, the identity on it."""
+        output = self.predict(module, sample, timesteps.clamp(min=0), prompt, control, **more).float()
+        x0 = predict_x0(sample, output, timesteps, self.alphas)
+        return ddim_step(sample, x0, timesteps, boundary, self.alphas)
+
+    def _draw_guidance(self, rng: SampleRandom) -> tuple[Tensor | None, Tensor | None]:
+        """The guidance drawn for each sample [B] and its embedding [B,cond_proj_dim]; None, None when it is fixed."""
+        if not self.settings.guidance_range:
+            return None, None
+        low, high = self.settings.guidance_range
+        scale = low + (high - low) * rng.uniform()
+        return scale, guidance_scale_embedding(scale, self.settings.cond_proj_dim)
+
+    def _teacher_x0(
+        self, noisy: Tensor, timesteps: Tensor, prompt: Tensor, control: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        """The guided teacher's x̂0: a weighted sum over its branches with and without text and control."""
+        if scale is None:
+            settings = self.settings
+            branches = guidance_branches(settings.teacher_guidance_scale, settings.teacher_control_guidance_scale)
+        else:
+            weight = scale[:, None, None, None, None]
+            branches = [(True, True, weight), (False, False, 1 - weight)]
+        empty = self.encoder.empty_prompt.expand_as(prompt)
+        null = self.vocabulary.null.to(control).expand_as(control)
+        velocity = 0
+        for use_text, use_control, weight in branches:
+            branch = self.predict(
+                self.teacher,
+                noisy,
+                timesteps.clamp(min=0),
+                prompt if use_text else empty,
+                control if use_control else null,
+            )
+            velocity = velocity + weight * branch.float()
+        return predict_x0(noisy, velocity, timesteps, self.alphas)
+
+    def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
+        """The consistency error from the top of the phases, where sampling starts; and of one jump against the data."""
+        T, G, num_frames = self.num_train_timesteps, self.settings.num_noise_groups, batch.latents.shape[1]
+        tops = (torch.arange(G, device=self.device) + 1) * (T // G) - 1
+        tops = torch.cat([tops.new_full((1,), CLEAN), tops.repeat_interleave((num_frames - 1) // G)])  # [F]
+        rows = self.vocabulary.embed(batch.control_indices)
+        error = self._consistency_error(batch, tops.expand(len(batch), -1), rows, rng)[:, 1:]
+        return {"loss": error.mean()}
+
+    def after_optimizer_step(self, step: int) -> None:
+        update_ema(self.target, self.plain_module, self.settings.ema_decay)
+
+    def checkpoint_modules(self) -> dict[str, nn.Module]:
+        return {"target": self.target}
+
+    def export(self, output_dir: Path) -> None:
+        """The EMA student: at equal steps it is the better of the two."""
+        parts = {"transformer": self.target, "scheduler": self.student_scheduler}
+        write_pipeline(output_dir, self.base_dir, "CogVideoXStreamingPipeline", parts)
+
+    def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
+        parts = {**self.components(self.target), "scheduler": self.student_scheduler}
+        return self.sample_stream(CogVideoXStreamingPipeline(**parts), prompt, control, seed)
