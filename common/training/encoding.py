@@ -29,6 +29,10 @@ class EncodedBatch:
     def __len__(self) -> int:
         return self.latents.shape[0]
 
+    def to(self, device: torch.device | str) -> "EncodedBatch":
+        control = None if self.control_indices is None else self.control_indices.to(device)
+        return EncodedBatch(self.latents.to(device), self.prompt_embeds.to(device), control, self.sample_ids)
+
 
 @torch.no_grad()
 def encode_moments(vae: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -101,11 +105,13 @@ class LatentEncoder:
     def empty_prompt(self) -> Tensor:
         """The embedding [L, D] of "", encoded once."""
         if self._empty_prompt is None:
-            self._empty_prompt = self._encode_prompts([""])[0].to(self.device, self.dtype)
+            self._empty_prompt = self.encode_prompts([""])[0]
         return self._empty_prompt
 
-    def _encode_prompts(self, captions: list[str]) -> Tensor:
-        return encode_prompts(self.tokenizer, self.text_encoder, captions, self.max_sequence_length)
+    def encode_prompts(self, captions: list[str]) -> Tensor:
+        """T5 features [B, L, D], on the device and in the type of the encoded batch."""
+        embeds = encode_prompts(self.tokenizer, self.text_encoder, captions, self.max_sequence_length)
+        return embeds.to(self.device, self.dtype)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: SampleRandom, training: bool = True) -> EncodedBatch:
@@ -118,7 +124,7 @@ class LatentEncoder:
             prompt_embeds = batch["prompt_embeds"].to(self.device, self.dtype, non_blocking=True)
         else:
             moments = encode_moments(self.vae, batch["pixel_values"]).to(self.device)
-            prompt_embeds = self._encode_prompts(batch["captions"]).to(self.device, self.dtype)
+            prompt_embeds = self.encode_prompts(batch["captions"])
 
         frames, channels, height, width = moments.shape[1:]
         noise = rng.normal((frames, channels // 2, height, width)).to(self.device)

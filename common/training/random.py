@@ -46,9 +46,7 @@ class SampleRandom:
         device: where the draws are made. The numbers differ between device types, not between devices of one type.
     """
 
-    def __init__(
-        self, seed: int, step: int, slots: Sequence[int] | Tensor, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, seed: int, step: int, slots: Sequence[int] | Tensor, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.slots = [int(slot) for slot in slots]
         self.generators = [self._generator("sample", seed, step, slot) for slot in self.slots]
@@ -66,9 +64,7 @@ class SampleRandom:
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers [B, *shape]."""
-        return self._per_sample(
-            lambda g: torch.randn(tuple(shape), generator=g, device=self.device, dtype=dtype)
-        )
+        return self._per_sample(lambda g: torch.randn(tuple(shape), generator=g, device=self.device, dtype=dtype))
 
     def uniform(self, shape: Sequence[int] = ()) -> Tensor:
         """Float32 numbers of [0, 1), [B, *shape]."""
@@ -76,9 +72,7 @@ class SampleRandom:
 
     def randint(self, low: int, high: int, shape: Sequence[int] = ()) -> Tensor:
         """Int64 numbers of low … high − 1, [B, *shape]."""
-        return self._per_sample(
-            lambda g: torch.randint(low, high, tuple(shape), generator=g, device=self.device)
-        )
+        return self._per_sample(lambda g: torch.randint(low, high, tuple(shape), generator=g, device=self.device))
 
     def bernoulli(self, probability: float) -> Tensor:
         """Bool [B], True with `probability`. Draws a number even at 0 and 1, so that a setting moves no later draw."""

@@ -4,6 +4,8 @@ Shapes: B batch · F latent frames · C latent channels · H W latent height/wid
 L text tokens · D model width.
 """
 
+import resource
+import sys
 import time
 from collections.abc import Sequence
 
@@ -74,11 +76,7 @@ def training_flops(module: nn.Module, latent_shape: Sequence[int], text_tokens: 
     done. None if `module` has no CogVideoX config.
     """
     config = getattr(module, "config", None)
-    if (
-        config is None
-        or getattr(config, "patch_size_t", None) is not None
-        or not hasattr(config, "time_embed_dim")
-    ):
+    if config is None or getattr(config, "patch_size_t", None) is not None or not hasattr(config, "time_embed_dim"):
         return None
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     trained_share = sum(n for n, trained in sizes if trained) / max(sum(n for n, _ in sizes), 1)
@@ -129,3 +127,11 @@ class StepClock:
             }
         self._restart()
         return rates
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held so far: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,54 @@
+"""Trains a stage: `accelerate launch -m common.tools.train --config PATH [--dry_run] [--name value …]`.
+
+`--config` is a stage's config module, `--name value` sets one of its settings for this run, `--dry_run` prints the
+settings and what follows from them (tokens, windows, steps per epoch, parameter counts) and leaves: no weights are
+loaded and nothing is written. On one device `python -m common.tools.train …` does the same without a launcher.
+"""
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+from common.config.errors import UserError, run_cli
+from common.config.loader import load_settings, parse_launch_line
+from common.config.settings import TrainingSettings
+
+
+def main() -> None:
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        config_path, dry_run, overrides = parse_launch_line(sys.argv[1:])
+        settings = load_settings(config_path, overrides)
+        if not dry_run:
+            settings.check_files()
+    except UserError:
+        if is_main:
+            raise
+        sys.exit(2)  # all processes read the same settings: one of them says what is wrong with them
+    if dry_run:
+        if is_main:
+            print(json.dumps(describe(settings), indent=2, ensure_ascii=False))
+        return
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(message)s")
+
+    from common.training.trainer import Trainer
+
+    Trainer(settings, settings.build_objective()).train()
+
+
+def describe(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings, and the sizes that follow from them, the base's configs and the index."""
+    from common.data.loader import describe_data
+
+    objective = settings.build_objective()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    data: dict[str, Any] = {"index_file": "not set"}
+    if settings.index_file:
+        data = describe_data(settings, objective.needs_control, world_size)
+    return {"settings": settings.to_dict(), "model": objective.describe(), "data": data}
+
+
+if __name__ == "__main__":
+    run_cli(main)

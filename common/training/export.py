@@ -1,0 +1,66 @@
+"""The end of a run: the deliverable, and the mark that says that it is complete."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.training.checkpoints import check_same_run, flush_to_disk
+from common.training.objective import Objective
+
+MARK = "training_finished.json"
+
+
+def is_finished(output_dir: Path, settings: Any) -> bool:
+    """True if a run with these settings has been exported. UserError if it is finished, but with other settings."""
+    mark = output_dir / MARK
+    if not mark.is_file() or settings.resume_from_checkpoint != "latest":
+        return False
+    finished = json.loads(mark.read_text())
+    check_same_run(output_dir, finished["settings"], settings)
+    return finished["step"] >= settings.max_train_steps
+
+
+def make_skeleton(module: nn.Module) -> nn.Module:
+    """A copy of `module` whose parameters take no memory, to be filled when FSDP2's sharded weights are gathered.
+
+    Buffers are copied as they are: some are computed when the model is built and in no state dict.
+    """
+    empty = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        for parameter in module.parameters()
+    }
+    return copy.deepcopy(module, memo=empty)
+
+
+def export_pipeline(
+    objective: Objective,
+    output_dir: Path,
+    step: int,
+    settings: Any,
+    skeleton: nn.Module | None,
+    weights: dict[str, Tensor] | None,
+) -> None:
+    """Calls `objective.export` with a whole, unwrapped module, then writes the mark.
+
+    Args:
+        skeleton, weights: for sharded modules, an empty twin and the gathered weights (on the CPU).
+    """
+    mark = output_dir / MARK
+    mark.unlink(missing_ok=True)  # of a shorter run that this one prolongs
+    if skeleton is None:
+        objective.module = objective.plain_module
+    else:
+        skeleton.load_state_dict(weights, assign=True)
+        objective.module = skeleton
+    objective.module.eval()
+    with torch.no_grad():
+        objective.export(output_dir)
+    partial = mark.with_suffix(".tmp")
+    partial.write_text(json.dumps({"step": step, "settings": settings.to_dict()}, indent=2) + "\n")
+    flush_to_disk(partial)
+    partial.replace(mark)
+    flush_to_disk(output_dir)

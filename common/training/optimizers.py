@@ -1,0 +1,104 @@
+"""The optimizer, the course of its learning rate, and their state in a form that any number of processes can load."""
+
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Courses whose value at a step does not depend on where the run ends, so that a run may be prolonged.
+ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter of all that is trained.
+
+    AdamW on bfloat16 weights rounds most small updates away, so trained weights have to be float32.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert parameters, "no parameter of the objective's module requires a gradient"
+    for name, parameter in parameters.items():
+        assert parameter.dtype == torch.float32, f"{name} is trained in {parameter.dtype}; cast it to float32"
+    return parameters
+
+
+def build_optimizer(settings: Any, module: nn.Module) -> torch.optim.AdamW:
+    """AdamW over every trained parameter, with the settings' decoupled weight decay on all of them."""
+    return torch.optim.AdamW(
+        trained_parameters(module).values(),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def build_lr_scheduler(settings: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """diffusers' schedule, counted in optimizer steps of the whole run whatever the number of processes."""
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )
+
+
+def restore_lr_scheduler(
+    scheduler: torch.optim.lr_scheduler.LambdaLR, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Puts schedule and optimizer where they are after `step` steps. The rate is a function of the step alone."""
+    rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict(
+        {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    )
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor in one piece where it is; of a sharded one (FSDP2) all processes have to ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, gathered one by one. All processes call it; those without `keep` get nothing, so that
+    one host holds one copy."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor.detach())
+        if keep:
+            gathered[name] = whole.cpu().contiguous()
+    return gathered
+
+
+def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value`, whole, placed and sharded as `parameter` is."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The moments of every parameter: "exp_avg:NAME", "exp_avg_sq:NAME", "step:NAME".
+
+    Rates and decays are not in it: they follow from the settings and the step.
+    """
+    return {
+        f"{key}:{name}": torch.as_tensor(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_state`."""
+    for full_key, value in state.items():
+        key, name = full_key.split(":", 1)
+        parameter = parameters[name]
+        # "step" is a number for each parameter; only what has the parameter's shape is sharded with it.
+        placed = like_parameter(value, parameter) if value.dim() else value.to(parameter.device)
+        optimizer.state[parameter][key] = placed

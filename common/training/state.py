@@ -1,0 +1,127 @@
+"""What a training step changes: the module's weights, the optimizer, the schedule, the step; made, restored, saved."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from common.config.errors import UserError
+from common.training import checkpoints, optimizers
+from common.training.export import export_pipeline, make_skeleton
+from common.training.metrics import FiniteGuard, Means
+from common.training.objective import Objective
+from common.training.random import seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingState:
+    """Loads the objective, wraps it for the processes at hand and takes up `checkpoint`.
+
+    Args:
+        checkpoint: where to continue; None begins at step 0.
+
+    Attributes:
+        step: finished optimizer steps.
+        parameters: name → trained parameter.
+        means, guard: what the log line under way is made of.
+    """
+
+    def __init__(self, settings: Any, objective: Objective, accelerator: Accelerator, checkpoint: Path | None):
+        self.settings, self.objective, self.accelerator = settings, objective, accelerator
+        self.output_dir = Path(settings.output_dir)
+        self.step, self.saved_step = 0, -1
+        self.means, self.guard = Means(accelerator.device), FiniteGuard(accelerator.device)
+        saved = self._check(checkpoint) if checkpoint is not None else {}
+        accelerator.wait_for_everyone()  # until all have read what is there
+        if accelerator.is_main_process:
+            checkpoints.remove_leftovers(self.output_dir)
+            settings.save(self.output_dir / "settings.json")
+
+        self._load_objective(checkpoint)
+        module = objective.module
+        self.skeleton = make_skeleton(module) if accelerator.is_fsdp2 else None
+        # Optimizer and module go through `prepare` together: FSDP2 replaces the parameters.
+        objective.module, self.optimizer = accelerator.prepare(module, optimizers.build_optimizer(settings, module))
+        self.parameters = optimizers.trained_parameters(objective.plain_module)
+        self.lr_scheduler = optimizers.build_lr_scheduler(settings, self.optimizer.optimizer)
+        if checkpoint is not None:
+            self.step = self.saved_step = saved["step"]
+            moments = checkpoints.read_tensors(checkpoint, "optimizer")
+            optimizers.load_optimizer_state(self.optimizer.optimizer, self.parameters, moments)
+            optimizers.restore_lr_scheduler(self.lr_scheduler, self.optimizer.optimizer, self.step)
+            self.means.load_state(saved["means"], accelerator)
+            logger.info("resumed from %s", checkpoint)
+
+    def _check(self, checkpoint: Path) -> dict[str, Any]:
+        """The checkpoint's state.json, if this run may continue it."""
+        made_with = json.loads((checkpoint / "settings.json").read_text())
+        checkpoints.check_same_run(checkpoint, made_with, self.settings)
+        saved = checkpoints.read_state(checkpoint)
+        if saved["samples_per_micro_step"] != self.samples_per_micro_step:
+            raise UserError(
+                f"{checkpoint} was made with train_batch_size × processes = {saved['samples_per_micro_step']}, here "
+                f"it is {self.settings.train_batch_size} × {self.accelerator.num_processes}; make the products equal"
+            )
+        return saved
+
+    def _load_objective(self, checkpoint: Path | None) -> None:
+        settings, objective, accelerator = self.settings, self.objective, self.accelerator
+        seed_everything(settings.seed)  # weights that begin at random are the same on every process
+        weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        objective.load(accelerator.device, weight_dtype)
+        module = objective.module
+        if settings.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing()
+        module.train()
+        if checkpoint is not None:
+            checkpoints.load_module_state(module, checkpoints.read_tensors(checkpoint, "weights"), checkpoint)
+            for name, extra in objective.checkpoint_modules().items():
+                extra.load_state_dict(checkpoints.read_tensors(checkpoint, name))
+
+    @property
+    def samples_per_micro_step(self) -> int:
+        return self.settings.train_batch_size * self.accelerator.num_processes
+
+    def optimizer_step(self) -> torch.Tensor:
+        """Clips, steps, clears the gradients. Returns the gradient's norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        self.step += 1
+        self.objective.after_optimizer_step(self.step)
+        return optimizers.whole_tensor(norm)
+
+    def save(self) -> None:
+        """Writes checkpoint-`step` unless it is written already. All processes gather, the main one writes."""
+        if self.saved_step == self.step:
+            return
+        self.guard.check(self.accelerator)
+        keep = self.accelerator.is_main_process
+        parts = {
+            "weights": checkpoints.module_state(self.objective.plain_module),
+            "optimizer": optimizers.optimizer_state(self.optimizer.optimizer, self.parameters),
+            **{name: extra.state_dict() for name, extra in self.objective.checkpoint_modules().items()},
+        }
+        tensors = {name: optimizers.gather_tensors(part, keep) for name, part in parts.items()}
+        state = {"means": self.means.state(self.accelerator), "samples_per_micro_step": self.samples_per_micro_step}
+        if keep:
+            path = checkpoints.write_checkpoint(self.output_dir, self.step, tensors, state, self.settings)
+            checkpoints.keep_newest(self.output_dir, self.settings.checkpoints_total_limit)
+            logger.info("saved %s", path)
+        self.accelerator.wait_for_everyone()
+        self.saved_step = self.step
+
+    def export(self) -> None:
+        """Writes the deliverable, then the mark by which the next run of the same command knows. Ends the state."""
+        keep, weights = self.accelerator.is_main_process, None
+        if self.skeleton is not None:
+            weights = optimizers.gather_tensors(self.objective.plain_module.state_dict(), keep)
+        if keep:
+            export_pipeline(self.objective, self.output_dir, self.step, self.settings, self.skeleton, weights)
+            logger.info("finished: %s", self.output_dir)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,265 @@
+"""The one training loop. What is trained, and by which loss, is the objective's; see objective.py.
+
+The same loop runs in one process and, started by `accelerate launch`, under DDP or FSDP2. Everything drawn is a
+function of (seed, step, sample) and the data's position is a function of the step, so that a run may be stopped and
+resumed, or spread over more processes, and still trains the same.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from common.config.errors import UserError, is_out_of_memory
+from common.data.loader import build_train_loader, build_validation_batch
+from common.training.checkpoints import find_checkpoint
+from common.training.encoding import EncodedBatch
+from common.training.export import is_finished
+from common.training.interruption import StopRequest
+from common.training.metrics import RunLog
+from common.training.objective import Objective
+from common.training.random import SampleRandom, seed_everything
+from common.training.state import TrainingState
+from common.training.throughput import StepClock, peak_flops, peak_memory_gib
+from common.training.validation import Validator, validation_control
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains an objective as the settings say, from the newest checkpoint if there is one, and exports the result.
+
+    Args:
+        settings: validated settings.
+        objective: what `settings.build_objective()` returned, nothing loaded yet.
+        build_loader, build_held_out: where data come from; common.data's by default.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        objective: Objective,
+        build_loader: Callable[..., Any] | None = None,
+        build_held_out: Callable[..., dict[str, Any] | None] | None = None,
+    ):
+        self.settings, self.objective = settings, objective
+        self.build_loader = build_loader or build_train_loader
+        self.build_held_out = build_held_out or build_validation_batch
+        self.output_dir = Path(settings.output_dir)
+        self.batch_shape: tuple[int, ...] | None = None
+
+    def train(self) -> None:
+        """Runs to max_train_steps and exports; or to SIGTERM or SIGINT, saves and returns.
+
+        Raises UserError for what the user can mend: settings other than the checkpoint's, an output directory that
+        cannot be written, a loss that is not finite, memory that runs out.
+        """
+        if is_finished(self.output_dir, self.settings):
+            logger.info("%s is finished (%d steps); nothing to do", self.output_dir, self.settings.max_train_steps)
+            return
+        check_writable(self.output_dir)
+        control = validation_control(self.settings, self.objective.needs_control)
+        checkpoint = find_checkpoint(self.settings)
+        try:
+            with StopRequest() as stop, logging_redirect_tqdm():
+                self.set_up(checkpoint, control)
+                stop.connect()
+                completed = self.loop(stop)
+                self.state.save()
+                if completed:
+                    self.state.export()
+                else:
+                    logger.info("stopped and saved at step %d; the same command goes on", self.state.step)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise UserError(self.out_of_memory_advice()) from error
+            raise
+        finally:
+            self.tear_down()
+
+    def set_up(self, checkpoint: Path | None, control: list[str] | None) -> None:
+        """Processes, models, log, and data from the checkpoint's step on."""
+        settings, on_gpu = self.settings, torch.cuda.is_available()
+        self.accelerator = accelerator = Accelerator(
+            cpu=not on_gpu,
+            mixed_precision=settings.mixed_precision if on_gpu else "no",
+            log_with=None if settings.report_to == "none" else settings.report_to,
+            project_dir=str(self.output_dir / "logs"),
+            # No buffer of a transformer changes in training.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.state = TrainingState(settings, self.objective, accelerator, checkpoint)
+        self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)
+        self.clock = StepClock()
+        self.peak_flops = peak_flops(accelerator.device, accelerator.mixed_precision)
+        self.flops_by_shape: dict[tuple[int, ...], float | None] = {}
+
+        loader = self.build_loader(
+            settings,
+            needs_control=self.objective.needs_control,
+            world_size=accelerator.num_processes,
+            rank=accelerator.process_index,
+            start_step=self.state.step * settings.gradient_accumulation_steps,
+        )
+        held_out = None
+        if settings.validation_steps:
+            held_out = self.build_held_out(settings, needs_control=self.objective.needs_control)
+        self.batches = iter(loader)
+        self.validator = Validator(settings, self.objective, accelerator, self.log, held_out, control)
+
+    def loop(self, stop: StopRequest) -> bool:
+        """Steps, and once in a while a log line, a checkpoint, a validation. False if asked to stop before the end."""
+        settings, state, last = self.settings, self.state, self.settings.max_train_steps
+        if state.step == 0 and settings.validation_steps:
+            self.validator.run(0, videos=False)  # where the curve begins
+        progress = tqdm(
+            initial=state.step, total=last, desc="train", unit="step", dynamic_ncols=True,
+            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
+        )  # fmt: skip
+        with progress:
+            while state.step < last:
+                tokens, flops = self.train_step()
+                progress.update()
+                if self.clock.step(tokens, flops):
+                    self.wait_for_device()
+                    self.clock.read()  # rates begin here, when the warm-up's work is done
+
+                if self.is_time_for(settings.logging_steps):
+                    progress.set_postfix_str(self.write_log_line())
+
+                stopping = stop.agreed()
+                self.wait_for_device(self.is_time_for(settings.checkpointing_steps, settings.validation_steps))
+                self.clock.pause()
+                # The checkpoint comes first: whatever goes wrong in validation costs no training.
+                if stopping or self.is_time_for(settings.checkpointing_steps):
+                    state.save()
+                if not stopping and self.is_time_for(settings.validation_steps):
+                    self.validator.run(state.step)
+                self.clock.resume()
+                if stopping:
+                    break
+        return state.step == last
+
+    def is_time_for(self, *intervals: int) -> bool:
+        """True at multiples of an interval of more than 0 steps, and at the end."""
+        step, last = self.state.step, self.settings.max_train_steps
+        return any(interval and (step % interval == 0 or step == last) for interval in intervals)
+
+    def train_step(self) -> tuple[int, float]:
+        """One optimizer step, in which nothing waits for the device.
+
+        Returns its video tokens and its operations (0 if unknown), over all processes.
+        """
+        settings, state, objective = self.settings, self.state, self.objective
+        micro_steps = settings.gradient_accumulation_steps
+        # What draws from a global generator is thereby a function of (seed, step, process) too.
+        seed_everything(settings.seed, state.step, self.accelerator.process_index)
+        losses, metrics, sample_ids, tokens, flops = [], [], [], 0, 0.0
+        for micro_step in range(micro_steps):
+            batch = next(self.batches)
+            # A sample's slot is its place in the whole optimizer step: four micro-steps of one sample draw what one
+            # micro-step of four draws.
+            slots = micro_step * state.samples_per_micro_step + batch["slots"]
+            rng = SampleRandom(settings.seed, state.step, slots, self.accelerator.device)
+            encoded = objective.encoder.encode(batch, rng)
+            self.batch_shape = tuple(encoded.latents.shape)
+            # Processes average their gradients once, at the last micro-step.
+            is_last = micro_step == micro_steps - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(objective.module):
+                loss, values = objective.loss(encoded, rng)
+                self.accelerator.backward(loss / micro_steps)
+            losses.append(loss.detach())
+            metrics.append(values)
+            sample_ids += encoded.sample_ids
+            tokens += objective.num_video_tokens(encoded.latents)
+            flops += self.flops_of(encoded)
+        grad_norm = state.optimizer_step()
+
+        loss = torch.stack(losses).mean()
+        state.guard.note(state.step, sample_ids, loss, grad_norm)
+        state.means.add({"loss": loss, "grad_norm": grad_norm, **mean_of_dicts(metrics)})
+        return tokens * self.accelerator.num_processes, flops * self.accelerator.num_processes
+
+    def flops_of(self, encoded: EncodedBatch) -> float:
+        if self.peak_flops is None:
+            return 0.0
+        if self.batch_shape not in self.flops_by_shape:
+            self.flops_by_shape[self.batch_shape] = self.objective.step_flops(encoded)
+        return self.flops_by_shape[self.batch_shape] or 0.0
+
+    def write_log_line(self) -> str:
+        """Waits for the device, stops at a loss that is not finite, logs. Returns the line for the progress bar."""
+        state = self.state
+        state.guard.check(self.accelerator)
+        means = state.means.read(self.accelerator)
+        rates = self.clock.read()
+        mfu = None
+        if self.peak_flops and rates["flops_per_s"]:
+            mfu = rates["flops_per_s"] / (self.peak_flops * self.accelerator.num_processes)
+        values = {
+            "loss": means.pop("loss"),
+            "grad_norm": means.pop("grad_norm"),
+            "lr": state.lr_scheduler.get_last_lr()[0],
+            "s_per_step": rates["s_per_step"],
+            "video_tokens_per_s": rates["tokens_per_s"],
+            "mfu": mfu,
+            "peak_memory_gib": peak_memory_gib(self.accelerator.device),
+            **means,
+        }
+        self.log.write(state.step, values)
+        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        logger.info("step %d/%d  %s", state.step, self.settings.max_train_steps, line)
+        return f"loss {values['loss']:.4f}"
+
+    def wait_for_device(self, condition: bool = True) -> None:
+        if condition and self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+
+    def tear_down(self) -> None:
+        """Ends the data workers, the trackers and the process group, whatever has happened."""
+        self.batches = None
+        if hasattr(self, "accelerator"):
+            self.accelerator.end_training()
+
+    def out_of_memory_advice(self) -> str:
+        s = self.settings
+        hints = [f"lower train_batch_size (now {s.train_batch_size})"] if s.train_batch_size > 1 else []
+        hints += [] if s.gradient_checkpointing else ["set gradient_checkpointing = True"]
+        hints += (
+            [] if s.latent_cache_dir else ["encode the videos once (common.tools.precompute), set latent_cache_dir"]
+        )
+        hints += [
+            f"use fewer frames or smaller sizes (frame_buckets {s.frame_buckets}, height_buckets {s.height_buckets}, "
+            f"width_buckets {s.width_buckets})",
+            "share the model among GPUs (ACCELERATE_CONFIG_FILE=scripts/accelerate/fsdp2.yaml)",
+        ]
+        shape = f" on latents {list(self.batch_shape)} [B,F,C,H,W]" if self.batch_shape else ""
+        return f"out of memory{shape}: {'; '.join(hints)}"
+
+
+def mean_of_dicts(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of every name over the dicts that have it."""
+    names = sorted({name for values in dicts for name in values})
+    return {n: torch.stack([v[n].detach().float() for v in dicts if n in v]).mean() for n in names}
+
+
+def check_writable(output_dir: Path) -> None:
+    """Makes the output directory and refuses one that cannot be written, before any model is loaded."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".writable-", suffix=f".{os.getpid()}"):
+            pass
+    except OSError as error:
+        reason = f"{output_dir} cannot be written ({error.strerror})"
+        raise UserError(f"output_dir: {reason}; choose another directory") from error
