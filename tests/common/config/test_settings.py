@@ -123,10 +123,9 @@ def test_impossible_values_name_their_line(config, line, right):
 
 def test_overrides_of_every_kind(config):
     path = config("args.train_batch_size = 4", "args.gradient_checkpointing = False")
-    words = (
-        "--train_batch_size 2 --gradient_checkpointing --learning_rate=3e-4 --frame_buckets 17,33 65 "
-        "--checkpoints_total_limit None --resume_from_checkpoint none --height_buckets [480]"
-    ).split() + ["--validation_prompts", "a car, red", "snow"]
+    words = ["--train_batch_size", "2", "--gradient_checkpointing", "--learning_rate=3e-4"]
+    words += ["--frame_buckets", "17,33", "65", "--height_buckets", "[480]", "--checkpoints_total_limit", "None"]
+    words += ["--resume_from_checkpoint", "none", "--validation_prompts", "a car, red", "snow"]
     args = load_settings(path, words)
     assert (args.train_batch_size, args.gradient_checkpointing, args.learning_rate) == (2, True, 3e-4)
     assert args.frame_buckets == [17, 33, 65] and args.height_buckets == [480]
@@ -192,7 +191,7 @@ def test_a_missing_config_file(tmp_path):
 
 
 def test_parse_launch_line():
-    assert parse_launch_line("--seed 1 --config a.py --dry_run --fps 8".split()) == (
+    assert parse_launch_line(["--seed", "1", "--config", "a.py", "--dry_run", "--fps", "8"]) == (
         "a.py", True, ["--seed", "1", "--fps", "8"],
     )  # fmt: skip
     for argv in ([], ["--config"], ["--config", "--dry_run"]):
