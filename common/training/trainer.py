@@ -163,11 +163,11 @@ class Trainer:
         """
         settings, state, objective = self.settings, self.state, self.objective
         micro_steps = settings.gradient_accumulation_steps
-        # What draws from a global generator is thereby a function of (seed, step, process) too.
-        seed_everything(settings.seed, state.step, self.accelerator.process_index)
         losses, metrics, sample_ids, tokens, flops = [], [], [], 0, 0.0
         for micro_step in range(micro_steps):
             batch = next(self.batches)
+            # What draws from a global generator (after the loader, which does) is a function of the step as well.
+            seed_everything(settings.seed, state.step, micro_step, self.accelerator.process_index)
             # A sample's slot is its place in the whole optimizer step: four micro-steps of one sample draw what one
             # micro-step of four draws.
             slots = micro_step * state.samples_per_micro_step + batch["slots"]
