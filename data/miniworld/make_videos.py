@@ -1,0 +1,175 @@
+r"""Draws a set of mini-world clips as H.264 files with captions, control labels and the truth behind them.
+
+    python -m data.miniworld.make_videos --output_dir outputs/miniworld --num_clips 200 --seed 0
+    python -m data.miniworld.make_videos --output_dir outputs/miniworld --num_clips 20 --seed 1 \
+        --index_name heldout.json
+
+writes, for the first,
+
+    index.json          {"list": [{"path", "caption", "control_signal_seq", "valid_frame_idx"}, …]}
+    videos/00000.mp4    97 frames of 64 x 96 at 16 fps
+    truth/00000.npz     speed (m/s) and yaw_rate (rad/s, left is positive) of every frame
+
+and for the second the same beside it, in heldout.json, videos_heldout/ and truth_heldout/. A clip depends on the seed
+and its own number only. Complete clips of the same settings are kept, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from tqdm import tqdm
+
+from common.config.errors import UserError, run_cli
+from data.miniworld.looks import random_look
+from data.miniworld.render import render
+from data.miniworld.simulator import FPS, random_signals, simulate
+
+DRAWING_VERSION = 1  # raise it when the same seed draws something else: kept clips are then drawn again
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """What it takes to draw one clip, for a worker process."""
+
+    number: int
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    video: Path
+    truth: Path
+
+    def clip_seed(self) -> int:
+        return int(np.random.SeedSequence([self.seed, self.number]).generate_state(1)[0])
+
+    def signals(self) -> list[str]:
+        return random_signals(self.num_frames, np.random.default_rng([self.clip_seed(), 5]))
+
+    def stamp(self) -> np.ndarray:
+        """Kept in the truth file: a clip whose stamp differs was made with other settings."""
+        return np.array([DRAWING_VERSION, self.seed, self.number, self.num_frames, self.height, self.width])
+
+    def is_complete(self) -> bool:
+        try:
+            with np.load(self.truth) as truth:
+                return self.video.stat().st_size > 0 and np.array_equal(truth["stamp"], self.stamp())
+        except (OSError, ValueError, KeyError, EOFError):
+            return False
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
+    """Writes uint8 frames [N, h, w, 3] as H.264, first beside `path`, then under its name.
+
+    Quality is high (crf 12) and key frames come every second, so that reading a window from the middle is quick. One
+    thread: the same frames give the same bytes.
+    """
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    height, width = frames.shape[1:3]
+    options = ["-crf", "12", "-preset", "veryfast", "-g", str(fps), "-threads", "1", "-fflags", "+bitexact"]
+    writer = imageio_ffmpeg.write_frames(
+        str(partial), (width, height), fps=fps, codec="libx264", pix_fmt_in="rgb24", pix_fmt_out="yuv420p",
+        quality=None, macro_block_size=16, output_params=options,
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    os.replace(partial, path)
+
+
+def make_clip(job: ClipJob) -> None:
+    """Simulates, draws and writes one clip; the truth file comes last and marks it complete."""
+    look, _ = random_look(job.clip_seed())
+    trajectory = simulate(job.signals(), job.clip_seed())
+    write_video(job.video, render(trajectory, look, job.height, job.width))
+    partial = job.truth.with_name(f".{job.truth.stem}.partial.npz")
+    np.savez(
+        partial, stamp=job.stamp(), speed=trajectory.speed.astype(np.float32), signals=trajectory.signals,
+        yaw_rate=trajectory.yaw_rate.astype(np.float32),
+    )
+    os.replace(partial, job.truth)
+
+
+def make_jobs(args: argparse.Namespace) -> list[ClipJob]:
+    """The clips of an index, their folders made."""
+    if args.num_clips < 1 or args.num_frames < 1:
+        raise UserError("--num_clips and --num_frames have to be at least 1")
+    if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
+        raise UserError(f"--height {args.height} --width {args.width}: both have to be multiples of 16")
+    index = Path(args.index_name)
+    if index.name != args.index_name or index.suffix != ".json":
+        raise UserError(f"--index_name {args.index_name}: give a file name that ends in .json, without a folder")
+    suffix = "" if index.stem == "index" else f"_{index.stem}"
+    videos, truth = args.output_dir / f"videos{suffix}", args.output_dir / f"truth{suffix}"
+    try:
+        videos.mkdir(parents=True, exist_ok=True)
+        truth.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
+    return [
+        ClipJob(i, args.seed, args.num_frames, args.height, args.width, videos / f"{i:05d}.mp4", truth / f"{i:05d}.npz")
+        for i in range(args.num_clips)
+    ]
+
+
+def index_entry(job: ClipJob, output_dir: Path) -> dict[str, object]:
+    return {
+        "path": job.video.relative_to(output_dir).as_posix(),
+        "caption": random_look(job.clip_seed())[1],
+        "control_signal_seq": ",".join(job.signals()),
+        "valid_frame_idx": 0,
+    }
+
+
+def make_videos(args: argparse.Namespace) -> Path:
+    """Draws what is missing and writes the index; returns its path."""
+    jobs = make_jobs(args)
+    missing = [job for job in jobs if not job.is_complete()]
+    progress = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="drawing clips", unit="clip")
+    with progress:
+        if args.num_workers == 0:
+            for job in missing:
+                make_clip(job)
+                progress.update()
+        elif missing:
+            workers = min(args.num_workers, len(missing))
+            # "spawn": a caller may have threads running (PyTorch), which a fork would copy in an unknown state.
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                for _ in pool.map(make_clip, missing):
+                    progress.update()
+    path = args.output_dir / args.index_name
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"list": [index_entry(job, args.output_dir) for job in jobs]}, indent=1) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for index, videos and truth")
+    parser.add_argument("--num_clips", type=int, default=200)
+    parser.add_argument("--num_frames", type=int, default=97, help=f"frames per clip, at {FPS} a second")
+    parser.add_argument("--height", type=int, default=64, help="pixels, a multiple of 16")
+    parser.add_argument("--width", type=int, default=96, help="pixels, a multiple of 16")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other clips")
+    parser.add_argument("--index_name", default="index.json", help="another name makes a further set of clips")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes; 0 draws in this one")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    path = make_videos(parse_arguments())
+    print(f"index: {path}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
