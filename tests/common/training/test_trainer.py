@@ -107,7 +107,9 @@ def test_weight_decay_is_applied(toy_data, tmp_path):
     norms = []
     for decay in (0.0, 10.0):
         train(toy_data, tmp_path / str(decay), weight_decay=decay, max_train_steps=3)
-        norms.append(load_file(tmp_path / str(decay) / "checkpoint-3" / "weights.safetensors")["1.weight"].norm())
+        norms.append(
+            load_file(tmp_path / str(decay) / "checkpoint-3" / "weights.safetensors")["1.weight"].norm().item()
+        )
     assert norms[1] == pytest.approx((1 - 0.1 / 3) * (1 - 0.2 / 3) * norms[0], rel=0.02)  # rates 0, 1/3, 2/3 of 0.01
 
 
@@ -206,6 +208,6 @@ def test_failing_sample_stops_the_run_after_its_checkpoint(toy_data, tmp_path):
 
 
 def test_toy_learns(toy_data, tmp_path):
-    train(toy_data, tmp_path, max_train_steps=150, train_batch_size=8)
+    train(toy_data, tmp_path, max_train_steps=60, train_batch_size=8, learning_rate=3e-2)
     losses = [line["loss"] for line in log_lines(tmp_path)]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]) and all(map(math.isfinite, losses))
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]) and all(map(math.isfinite, losses))
