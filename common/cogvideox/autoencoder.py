@@ -123,3 +123,18 @@ class StreamingDecoder:
         """As `decode`, → uint8 [N,h,w,3] for a batch of one, else [B,N,h,w,3]."""
         frames = to_uint8(self.decode(latents))
         return frames[0] if len(frames) == 1 else frames
+
+
+@torch.no_grad()
+def encode_frames(vae: AutoencoderKLCogVideoX, frames: Tensor) -> Tensor:
+    """A clip as scaled latents: the posterior's mean, whole clip at once.
+
+    Args:
+        frames: uint8 [B,N,3,h,w], N = 4·(F−1)+1.
+
+    Returns:
+        float32 [B,F,C,H,W] on the VAE's device.
+    """
+    pixels = (frames.to(vae.device).float() / 127.5 - 1).to(vae.dtype).transpose(1, 2)  # [B,3,N,h,w]
+    posterior = vae.encode(pixels, return_dict=False)[0]
+    return posterior.mode().transpose(1, 2).float() * vae.config.scaling_factor

@@ -7,7 +7,7 @@ sample it belongs to ([], [B], [B,F]) or any shape that broadcasts against it ([
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from torch import Tensor
 from common.config.errors import UserError
 
 CLEAN = -1
+
+
+def alphas_with_clean_end(scheduler: Any, device: torch.device | str = "cpu") -> Tensor:
+    """`alphas` of any diffusers scheduler: its [T] ᾱ and behind it 1, for timestep −1."""
+    table = torch.cat([scheduler.alphas_cumprod.double().cpu(), torch.ones(1, dtype=torch.float64)])
+    return table.to(device)
 
 
 def group_size(num_frames: int, num_noise_groups: int) -> int:
@@ -171,9 +177,7 @@ class StepCoefficients(NamedTuple):
 
 def ddim_step_coefficients(timesteps: Tensor, prev_timesteps: Tensor, alphas: Tensor) -> StepCoefficients:
     alpha = alphas[timesteps]
-    return StepCoefficients(
-        alpha**0.5, (1 - alpha) ** 0.5, *ddim_coefficients(timesteps, prev_timesteps, alphas)
-    )
+    return StepCoefficients(alpha**0.5, (1 - alpha) ** 0.5, *ddim_coefficients(timesteps, prev_timesteps, alphas))
 
 
 def dpm_step_coefficients(

@@ -124,14 +124,18 @@ def load_components(path: str | Path, torch_dtype: torch.dtype | None = None, **
     }
 
 
-def write_pipeline(output_dir: str | Path, base_dir: str | Path, pipeline_class: str, replaced: dict[str, Any]) -> None:
-    """Writes a complete pipeline directory: `replaced` components anew, the others linked from `base_dir`.
+def write_pipeline(
+    output_dir: str | Path, base_dir: str | Path | None, pipeline_class: str, replaced: dict[str, Any]
+) -> None:
+    """Writes a complete pipeline directory: `replaced` components anew, the others (if any) linked from `base_dir`.
 
     Links are hard where the file system allows (no space is taken twice), else copies. Every folder is written
     beside and renamed, the index goes first and comes last: a directory with an index is complete.
     """
-    output_dir, base_dir = Path(output_dir), resolve_pipeline_directory(base_dir)
-    base_index = read_model_index(base_dir)
+    output_dir, base_index = Path(output_dir), {}
+    if base_dir is not None:
+        base_dir = resolve_pipeline_directory(base_dir)
+        base_index = read_model_index(base_dir)
     index: dict[str, Any] = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__}
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / INDEX_NAME).unlink(missing_ok=True)

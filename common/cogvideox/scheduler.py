@@ -263,9 +263,7 @@ class CogVideoXSwinLCMScheduler(SwinSchedulerMixin, CogVideoXDDIMScheduler):
         span = self.config.num_train_timesteps // self.config.original_inference_steps
         return torch.maximum(timesteps - span, self.phase_boundary(timesteps))
 
-    def consistency_coefficients(
-        self, timesteps: Tensor, boundaries: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def consistency_coefficients(self, timesteps: Tensor, boundaries: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out) of f(x_t,t) = c_skip·x_t + c_out·x̂0; see `noise_schedule.consistency_coefficients`.
 
         Args:

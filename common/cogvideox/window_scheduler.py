@@ -42,7 +42,7 @@ class SwinSchedulerMixin:
         """[T+1] ᾱ and behind it 1 for the clean end (timestep −1); float64. Copied to a device once."""
         device = torch.device(device)
         if device not in self._alpha_tables:
-            table = torch.cat([self.alphas_cumprod.double().cpu(), torch.ones(1, dtype=torch.float64)])
+            table = noise_schedule.alphas_with_clean_end(self)
             self._alpha_tables[device] = (table.float() if device.type == "mps" else table).to(device)
         return self._alpha_tables[device]
 
