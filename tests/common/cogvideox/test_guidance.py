@@ -77,7 +77,7 @@ def test_without_guidance_one_forward_of_the_batch_and_every_frame_its_own_signa
     control = denoiser.control_embeds([[0, 1, -1]])
     v = denoiser(torch.zeros(1, 3, 1, 1, 1), torch.tensor(999), control)
     assert v.flatten().tolist() == [1.0, 2.0, 9.0]
-    (batch, timestep, seen, _), = transformer.calls
+    ((batch, timestep, seen, _),) = transformer.calls
     assert batch == 1 and timestep.tolist() == [999] and seen.shape == (1, 3, 1)
 
 
