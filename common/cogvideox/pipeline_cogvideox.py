@@ -93,8 +93,9 @@ class CogVideoXControlPipeline(ControlPipelineBase):
             )
             return denoiser, denoiser.control_embeds(signals)
 
-        self.scheduler.set_timesteps(num_inference_steps)
-        timesteps, device = self.scheduler.timesteps.tolist(), self._execution_device
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device)
+        told, timesteps = self.scheduler.timesteps, self.scheduler.timesteps.tolist()
         # Drawn in the text encoder's type, as diffusers does; kept in float32, since 50 roundings to bfloat16 add up.
         latents = self.prepare_latents(
             batch_size, self.transformer.config.in_channels, num_frames, height, width, embeds[0].dtype, device,
@@ -105,7 +106,7 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         for i, t in enumerate(self.progress_bar(timesteps)):
             if use_dynamic_cfg:
                 denoiser, control = denoiser_at(dynamic_guidance_scale(guidance_scale, i, len(timesteps)))
-            output = denoiser(latents, torch.tensor(t, device=device), control)
+            output = denoiser(latents, told[i], control)
             latents, old_x0 = self._scheduler_step(output, latents, old_x0, timesteps, i, generator)
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)

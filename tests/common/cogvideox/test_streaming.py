@@ -42,7 +42,7 @@ class Oracle(torch.nn.Module):
         self.told.append(timestep)
         self.seen.append(hidden_states)
         alpha = self.alphas[timestep].reshape(*timestep.shape, *(1,) * (5 - timestep.ndim))
-        x0 = control_embeds[..., None, None] + self.leak * hidden_states.tanh()
+        x0 = control_embeds[..., None, None] + self.leak * hidden_states.sin()
         return ((alpha.sqrt() * hidden_states - x0) / (1 - alpha).sqrt(),)
 
 
