@@ -15,11 +15,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from common.data.control_signals import CONTROL_TOKENS
+
 FPS = 16
 
-# In the index order of the control vocabulary: the first letter is the pedal (D drive, B brake and reverse, N
-# neutral), the second the wheel (L left, R right, none straight on).
-SIGNALS = ("D", "DL", "DR", "B", "BL", "BR", "N", "NL", "NR")
+# The first letter is the pedal (D drive, B brake and reverse, N neutral), the second the wheel (L left, R right, none
+# straight on); the order is that of the control vocabulary's indices.
+SIGNALS = CONTROL_TOKENS
 
 TARGET_SPEED = {"D": 12.0, "B": -5.0, "N": 0.0}  # m/s
 STEERING = {"": 0.0, "L": 1.0, "R": -1.0}

@@ -1,0 +1,133 @@
+"""The mini base model's video autoencoder: a small AutoencoderKLCogVideoX trained on the mini world's clips.
+
+Most of the training sees single frames. The causal VAE treats one frame as a clip of length 1, so all of its spatial
+weights learn there, from nine times as many different pictures for the same arithmetic; the temporal part then learns
+from 9-frame clips in what is left. Shapes: B batch, N raw frames, h w pixels, F H W latent frames, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from torch import Tensor
+
+BLOCK_CHANNELS = (16, 32, 32, 64)
+VIDEO_FRAMES = 9  # 3 latent frames: 1 + 2 · 4
+GRADIENT_WEIGHT, KL_WEIGHT = 0.5, 1e-4
+
+
+def make_vae(height: int, width: int, block_channels: tuple[int, ...] = BLOCK_CHANNELS) -> AutoencoderKLCogVideoX:
+    """An untrained VAE: 8 × 8 pixels and 4 frames to a latent with 16 channels, as the real one."""
+    count = len(block_channels)
+    return AutoencoderKLCogVideoX(
+        block_out_channels=block_channels,
+        down_block_types=("CogVideoXDownBlock3D",) * count,
+        up_block_types=("CogVideoXUpBlock3D",) * count,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        temporal_compression_ratio=4,
+        sample_height=height,
+        sample_width=width,
+    )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Random windows of the clips; which ones is a function of the seed and a number, of nothing else."""
+
+    clips: list[Tensor]  # uint8 [n, 3, h, w] each, all on one device
+    seed: int
+
+    def choose(self, key: list[int], num_frames: int) -> tuple[int, int]:
+        """A clip's number and the first frame of a window in it."""
+        rng = np.random.default_rng([self.seed, *key])
+        clip = int(rng.integers(len(self.clips)))
+        return clip, int(rng.integers(len(self.clips[clip]) - num_frames + 1))
+
+    def stack(self, chosen: list[tuple[int, int]], num_frames: int) -> Tensor:
+        """float32 [B, 3, N, h, w] in −1…1."""
+        windows = torch.stack([self.clips[clip][start : start + num_frames] for clip, start in chosen])
+        return windows.transpose(1, 2).float() / 127.5 - 1
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 of the pixels plus half the L1 of their differences along rows and columns, which keeps edges sharp."""
+    loss = (output - target).abs().mean()
+    for dim in (-1, -2):
+        loss = loss + GRADIENT_WEIGHT * (output.diff(dim=dim) - target.diff(dim=dim)).abs().mean()
+    return loss
+
+
+def vae_objective(
+    vae: AutoencoderKLCogVideoX,
+    windows: Windows,
+    image_share: float,
+    batch_size: int,
+    image_batch_size: int,
+    autocast: Callable[[], torch.autocast],
+) -> Callable[[int, float], tuple[Tensor, dict[str, float]]]:
+    """`loss_of_step` for `fit`: single frames while progress < image_share, then clips of VIDEO_FRAMES frames."""
+
+    def loss_of_step(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        images = progress < image_share
+        count, num_frames = (image_batch_size, 1) if images else (batch_size, VIDEO_FRAMES)
+        target = windows.stack([windows.choose([1, step, i], num_frames) for i in range(count)], num_frames)
+        noise = torch.Generator(device=target.device).manual_seed(windows.seed * 1_000_003 + step)
+        with autocast():
+            posterior = vae.encode(target).latent_dist
+            output = vae.decode(posterior.sample(generator=noise)).sample
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()  # per latent number
+        loss = reconstruction_loss(output.float(), target) + KL_WEIGHT * kl
+        return loss, {"frames": num_frames}
+
+    return loss_of_step
+
+
+def to_pixels(clip: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 [N, 3, h, w] → float32 [1, 3, N, h, w] in −1…1."""
+    return clip.to(device).transpose(0, 1)[None].float() / 127.5 - 1
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKLCogVideoX, clips: list[Tensor], num_frames: int = 33) -> float:
+    """Mean PSNR in dB (peak 255) of windows reconstructed from the posterior's mean, in diffusers' own chunks."""
+    vae.eval()
+    values = []
+    for clip in clips:
+        count = (min(num_frames, len(clip)) - 1) // 4 * 4 + 1
+        target = to_pixels(clip[:count], vae.device)
+        output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
+        error = ((output - target) * 127.5).square().mean()
+        values.append((20 * np.log10(255) - 10 * torch.log10(error)).item())
+    return float(np.mean(values))
+
+
+@torch.no_grad()
+def encode_windows(
+    vae: AutoencoderKLCogVideoX, windows: Windows, count: int, num_frames: int, progress: Callable[[int], object]
+) -> tuple[Tensor, Tensor]:
+    """Posterior moments (mean‖logvar) of `count` random windows: float16 [count, 2C, F, H, W], and the clip of each.
+
+    Both on the CPU. The posterior is sampled afresh at each use.
+    """
+    vae.eval()
+    chosen = [windows.choose([2, i], num_frames) for i in range(count)]
+    moments = []
+    # Two at a time and more: with one, PyTorch leaves oneDNN's convolution for one several times slower on one thread.
+    for first in range(0, count, 4):
+        part = chosen[first : first + 4]
+        moments.append(vae.encode(windows.stack(part, num_frames)).latent_dist.parameters.half().cpu())
+        progress(len(part))
+    return torch.cat(moments), torch.tensor([clip for clip, _ in chosen])
+
+
+def measured_scaling_factor(moments: Tensor) -> float:
+    """1 / standard deviation of the sampled latents, for moments [n, 2C, F, H, W]: the transformer sees unit variance."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return float((mean.var() + log_variance.exp().mean()).rsqrt())

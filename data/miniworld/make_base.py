@@ -1,0 +1,266 @@
+r"""Trains the mini base model: a complete diffusers CogVideoX pipeline directory, small enough for a laptop's CPU.
+
+    python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base
+
+takes about five minutes on two CPU cores: 3.5 for the video autoencoder (the picture quality of everything later
+rests on it), the rest for a text-to-video transformer that knows what the world looks like. At length, on a GPU:
+
+    python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base \
+        --mixed_precision bf16 --compile --vae_steps 12000 --vae_image_share 0.2 --vae_batch_size 16 \
+        --vae_image_batch_size 64 --transformer_steps 10000 --transformer_batch_size 64 --transformer_windows 4000
+
+The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's.
+Finished parts are kept, and a run that was killed goes on from a checkpoint at most a minute old. With --vae_steps
+the weights depend on the settings alone; with --vae_minutes also on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import T5EncoderModel, T5Tokenizer
+
+from common.config.errors import UserError, run_cli
+from common.data.index import ClipRecord, read_index
+from common.data.video import Video
+from data.miniworld import base_text, base_transformer, base_vae
+from data.miniworld.base_training import Budget, fit, save_beside
+from data.miniworld.muon import MuonAdam
+
+# These do not change what is trained.
+IGNORED_ON_RESUME = ("device", "compile", "output_dir", "data_root", "index_file")
+
+
+def read_clips(records: list[ClipRecord], num_frames: int, height: int, width: int) -> list[Tensor]:
+    """Every clip as uint8 [n, 3, h, w], decoded once and kept in memory (about 2 MB a clip of six seconds)."""
+    clips = []
+    for record in tqdm(records, desc="decoding clips", unit="clip"):
+        video = Video(record.path)
+        if len(video) < num_frames:
+            raise UserError(f"{record.path}: {len(video)} frames; --num_frames {num_frames} need a longer clip")
+        clips.append(video.read(np.arange(len(video)), height, width))
+    return clips
+
+
+class Workplace:
+    """The output directory: which parts are finished, and how they get there (beside first, then renamed)."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.output_dir: Path = args.output_dir
+        self.partial = self.output_dir / ".partial"
+        settings = {k: v for k, v in vars(args).items() if k not in IGNORED_ON_RESUME}
+        stamp = self.output_dir / "make_base.json"
+        if stamp.exists():
+            found = json.loads(stamp.read_text())["settings"]
+            changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
+            if changed:
+                raise UserError(
+                    f"{self.output_dir} was begun with other settings ({', '.join(changed)}); "
+                    "give those, or another --output_dir, or delete that one"
+                )
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self.record = json.loads(stamp.read_text()) if stamp.exists() else {"settings": settings}
+        self.note()
+
+    def note(self, **figures: object) -> None:
+        """Keeps figures in make_base.json."""
+        self.record.update(figures)
+        partial_path = self.partial / "make_base.json"
+        partial_path.write_text(json.dumps(self.record, indent=1) + "\n")
+        os.replace(partial_path, self.output_dir / "make_base.json")
+
+    def has(self, name: str) -> bool:
+        return (self.output_dir / name).is_dir()
+
+    def finish(self, name: str, save: Callable[[Path], object]) -> None:
+        """Puts a finished part in its place."""
+        shutil.rmtree(self.partial / name, ignore_errors=True)
+        save(self.partial / name)
+        os.replace(self.partial / name, self.output_dir / name)
+
+
+def make_text(place: Workplace, captions: list[str], seed: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    """Tokenizer and text encoder, trained or drawn now or loaded from an earlier run."""
+    if not place.has("tokenizer"):
+        place.finish("tokenizer", base_text.train_tokenizer(captions).save_pretrained)
+    tokenizer = T5Tokenizer.from_pretrained(place.output_dir / "tokenizer")
+    if not place.has("text_encoder"):
+        place.finish("text_encoder", base_text.make_text_encoder(len(tokenizer), seed).save_pretrained)
+    return tokenizer, T5EncoderModel.from_pretrained(place.output_dir / "text_encoder").eval()
+
+
+def make_vae(place: Workplace, clips: list[Tensor], args: argparse.Namespace) -> AutoencoderKLCogVideoX:
+    """The trained VAE, its scaling_factor measured."""
+    device = torch.device(args.device)
+    if not place.has("vae"):
+        torch.manual_seed(args.seed)
+        vae = base_vae.make_vae(args.height, args.width).to(device)
+        if args.compile:
+            vae.encoder.compile()
+            vae.decoder.compile()
+        train, heldout = clips[: -args.num_heldout], clips[-args.num_heldout :]
+        windows = base_vae.Windows(train, args.seed)
+        objective = base_vae.vae_objective(
+            vae, windows, args.vae_image_share, args.vae_batch_size, args.vae_image_batch_size, autocast_of(args)
+        )
+        budget = Budget(args.vae_steps, 0.0 if args.vae_steps else args.vae_minutes)
+        optimizer = MuonAdam(vae, args.vae_learning_rate)
+        steps = fit(vae, optimizer, objective, budget, place.partial / "vae.pt", "VAE")
+        psnr = base_vae.reconstruction_psnr(vae, heldout)
+        print(f"VAE: {steps} steps, {psnr:.2f} dB on {len(heldout)} held-out clips")
+        moments, _ = base_vae.encode_windows(vae, windows, min(16, len(train)), args.num_frames, lambda _: None)
+        vae.register_to_config(scaling_factor=base_vae.measured_scaling_factor(moments))
+        place.note(vae_steps_done=steps, vae_psnr=round(psnr, 3))
+        place.finish("vae", vae.save_pretrained)
+    return AutoencoderKLCogVideoX.from_pretrained(place.output_dir / "vae").to(device).eval()
+
+
+def encode_clips(
+    place: Workplace, vae: AutoencoderKLCogVideoX, clips: list[Tensor], args: argparse.Namespace
+) -> dict[str, Tensor]:
+    """Latent moments of the transformer's training windows, encoded once."""
+    path = place.partial / "latents.pt"
+    if not path.exists():
+        windows = base_vae.Windows(clips[: -args.num_heldout], args.seed)
+        with tqdm(total=args.transformer_windows, desc="encoding windows", unit="window") as bar:
+            moments, clip_numbers = base_vae.encode_windows(
+                vae, windows, args.transformer_windows, args.num_frames, bar.update
+            )
+        save_beside({"moments": moments, "clip_numbers": clip_numbers}, path)
+    return torch.load(path, map_location=args.device, weights_only=True)
+
+
+def make_transformer(
+    place: Workplace, vae: AutoencoderKLCogVideoX, clips: list[Tensor], text: Tensor, args: argparse.Namespace
+) -> CogVideoXTransformer3DModel:
+    """The trained transformer; `text` [clips + 1, L, D] are the embeddings of every clip's caption and, last, of ""."""
+    if not place.has("transformer"):
+        latents = encode_clips(place, vae, clips, args)
+        torch.manual_seed(args.seed)
+        transformer = base_transformer.make_transformer(
+            args.height, args.width, args.num_frames, args.num_layers, args.num_heads
+        ).to(args.device)
+        if args.compile:
+            transformer.compile()
+        objective = base_transformer.transformer_objective(
+            transformer, base_transformer.make_scheduler(), latents["moments"], latents["clip_numbers"],
+            prompt_embeds=text[:-1], null_embeds=text[-1:], scaling_factor=vae.config.scaling_factor,
+            batch_size=args.transformer_batch_size, seed=args.seed, autocast=autocast_of(args),
+        )  # fmt: skip
+        groups = [{"params": list(transformer.parameters()), "peak_lr": args.transformer_learning_rate}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        checkpoint = place.partial / "transformer.pt"
+        fit(transformer, optimizer, objective, Budget(args.transformer_steps), checkpoint, "transformer")
+        place.finish("transformer", transformer.save_pretrained)
+    return CogVideoXTransformer3DModel.from_pretrained(place.output_dir / "transformer")
+
+
+def autocast_of(args: argparse.Namespace) -> Callable[[], torch.autocast]:
+    kind = torch.device(args.device).type
+    return partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=args.mixed_precision == "bf16")
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed blocks instead of handing each large one back to the system.
+
+    A training step on the CPU frees and asks again for the same few hundred megabytes; without this, a quarter of the
+    time goes into mapping them anew.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):  # another C library: only slower
+        return
+
+
+def make_base(args: argparse.Namespace) -> Path:
+    """Makes what is missing of the pipeline in args.output_dir; returns that directory."""
+    check_arguments(args)
+    records = read_index(args.index_file or args.data_root / "index.json", args.data_root, needs_control=False)
+    if args.max_clips:
+        records = records[: args.max_clips]
+    if len(records) <= args.num_heldout:
+        raise UserError(f"the index has {len(records)} clips; --num_heldout {args.num_heldout} leaves none to train on")
+    place = Workplace(args)
+    if (args.output_dir / "model_index.json").exists():
+        print(f"{args.output_dir} is complete; nothing to do")
+        return args.output_dir
+    tokenizer, text_encoder = make_text(place, [record.caption for record in records], args.seed)
+    clips = [clip.to(args.device) for clip in read_clips(records, args.num_frames, args.height, args.width)]
+    vae = make_vae(place, clips, args)
+    captions = [*(record.caption for record in records), ""]
+    text = base_text.encode_captions(tokenizer, text_encoder, captions).to(args.device)
+    transformer = make_transformer(place, vae, clips, text, args)
+    pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, base_transformer.make_scheduler())
+    place.finish("scheduler", pipeline.scheduler.save_pretrained)
+    pipeline.save_config(place.partial)
+    os.replace(place.partial / "model_index.json", args.output_dir / "model_index.json")  # last: marks it complete
+    shutil.rmtree(place.partial)
+    return args.output_dir
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses impossible settings before anything is read."""
+    if args.num_frames % 4 != 1 or args.num_frames < base_vae.VIDEO_FRAMES:
+        raise UserError(f"--num_frames {args.num_frames}: use 4n+1 frames, at least {base_vae.VIDEO_FRAMES}")
+    if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
+        raise UserError(f"--height {args.height} --width {args.width}: both have to be multiples of 16")
+    batches = ("vae_batch_size", "vae_image_batch_size", "transformer_batch_size")
+    for name in (*batches, "transformer_windows", "num_heldout", "num_layers", "num_heads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: has to be at least 1")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: there is no CUDA device; use --device cpu")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_root", type=Path, required=True, help="folder that the index's paths start from")
+    add("--index_file", type=Path, default=None, help="index of the clips; default: index.json in data_root")
+    add("--output_dir", type=Path, required=True, help="the pipeline directory to make")
+    add("--max_clips", type=int, default=0, help="use only the first clips of the index; 0: all")
+    add("--num_heldout", type=int, default=4, help="clips at the end of the index kept for measuring the VAE")
+    add("--num_frames", type=int, default=33, help="raw frames of the transformer's windows, 4n+1")
+    add("--height", type=int, default=64, help="pixels, a multiple of 16; clips are resized and cropped to it")
+    add("--width", type=int, default=96, help="pixels, a multiple of 16")
+    add("--vae_minutes", type=float, default=3.5, help="minutes of VAE training")
+    add("--vae_steps", type=int, default=0, help="VAE steps; when given, --vae_minutes does not count")
+    add("--vae_image_share", type=float, default=0.6, help="share of VAE training on single frames, at its start")
+    add("--vae_batch_size", type=int, default=2, help="9-frame clips a step")
+    add("--vae_image_batch_size", type=int, default=4, help="single frames a step")
+    add("--vae_learning_rate", type=float, default=3e-3, help="peak")
+    add("--transformer_steps", type=int, default=200)
+    add("--transformer_batch_size", type=int, default=4)
+    add("--transformer_windows", type=int, default=160, help="windows encoded once for the transformer")
+    add("--transformer_learning_rate", type=float, default=1e-3, help="peak")
+    add("--num_layers", type=int, default=6, help="transformer layers")
+    add("--num_heads", type=int, default=4, help="attention heads, 64 wide each")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, for GPUs")
+    add("--compile", action="store_true", help="torch.compile; pays off from thousands of steps")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    keep_freed_memory()
+    path = make_base(parse_arguments())
+    print(f"base model: {path}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
