@@ -6,6 +6,8 @@ int64 [B] (place in the global batch); with control `control_indices` int64 [B, 
 CONTROL_TOKENS.
 """
 
+import multiprocessing
+import multiprocessing.util
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -24,10 +26,24 @@ class TrainLoader(DataLoader):
     """A DataLoader whose workers hand a user's mistake over as it is, not wrapped into a traceback."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        others = multiprocessing.active_children()
+        batches = super().__iter__()  # starts the workers
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        # They ignore SIGTERM, by which Python would end them at exit and then wait for them: without this, for ever.
+        multiprocessing.util.Finalize(None, _kill, args=(workers,), exitpriority=100)
+        return _raising(batches)
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _kill(processes: list[multiprocessing.Process]) -> None:
+    for process in processes:
+        process.kill()
 
 
 class _ErrorCarrier(Dataset):
