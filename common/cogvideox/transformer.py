@@ -154,7 +154,8 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         """
         config = {key: value for key, value in base.config.items() if not key.startswith("_")}
         with torch.device(base.device):
-            model = cls(**{**config, **changes}).to(base.dtype)
+            model = cls(**{**config, **changes})
+        nn.Module.to(model, base.dtype)  # diffusers' own `to` warns of an empty list of float32 modules
         missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
         new = (*CONTROL_PREFIXES, "time_embedding.cond_proj.")
         assert not unexpected and all(key.startswith(new) for key in missing), (missing, unexpected)

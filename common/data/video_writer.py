@@ -12,7 +12,8 @@ import numpy as np
 
 from common.config.errors import UserError
 
-# Fragments make a file playable up to wherever it was cut off, by a crash too, at the price of slower seeking.
+# Fragments make a file playable up to wherever it was cut off, by a crash too, at the price of slower
+# seeking.
 GROWING = ("-movflags", "+frag_keyframe+empty_moov+default_base_moof")
 
 

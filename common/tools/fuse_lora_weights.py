@@ -46,7 +46,8 @@ def fuse_lora_weights(
     add_lora(transformer, lora_file)
     transformer.fuse_lora(lora_scale=lora_scale, safe_fusing=True)
     transformer.unload_lora()
-    write_pipeline(output_dir, pretrained_model_path, "CogVideoXPipeline", {"transformer": transformer.to(dtype)})
+    nn.Module.to(transformer, dtype)  # diffusers' own `to` warns of an empty list of float32 modules
+    write_pipeline(output_dir, pretrained_model_path, "CogVideoXPipeline", {"transformer": transformer})
 
 
 def find_lora_file(lora_path: str | Path) -> Path:

@@ -44,8 +44,8 @@ def describe(settings: TrainingSettings) -> dict[str, Any]:
 
     objective = settings.build_objective()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    data: dict[str, Any] = {"index_file": "not set"}
-    if settings.index_file:
+    data: dict[str, Any] = {"index_file": f"{settings.index_file or 'not set'} (not on this disk)"}
+    if os.path.exists(settings.index_file):
         data = describe_data(settings, objective.needs_control, world_size)
     return {"settings": settings.to_dict(), "model": objective.describe(), "data": data}
 

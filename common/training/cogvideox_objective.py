@@ -37,6 +37,7 @@ class CogVideoXObjective(Objective):
     """
 
     base_pipeline: str  # the kind of directory that the stage starts from (`_class_name` in its index)
+    default_transformer: tuple[type, dict[str, Any]] = (CogVideoXTransformer3DModel, {})  # that base, of the 2B's size
     transformer_dtype: torch.dtype | None = None  # to load the base's transformer in; None is `weight_dtype`
 
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
@@ -100,7 +101,7 @@ class CogVideoXObjective(Objective):
         """Derived sizes from the settings and the base's configs; no weights are read."""
         settings = self.settings
         base = Path(settings.pretrained_model_name_or_path)
-        transformer_class, config, scale = CogVideoXTransformer3DModel, {}, 8
+        (transformer_class, config), scale = self.default_transformer, 8
         if base.is_dir():
             index = read_model_index(base, expected=self.base_pipeline)
             transformer_class = component_class(base, "transformer", index)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
 from common.cogvideox.pipeline_io import load_component
+from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
+from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
 from common.data.control_signals import CONTROL_TOKENS
@@ -105,11 +107,18 @@ class ControlledObjective(CogVideoXObjective):
             **more,
         )[0]
 
+
+class StreamingObjective(ControlledObjective):
+    """A model that streams: its validation videos are streams."""
+
+    default_transformer = (CogVideoXControlTransformer3DModel, {"control_dim": 768})
+
     @torch.no_grad()
     def sample_stream(self, pipeline: Any, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
         """As many raw frames of a stream as there are control tokens, else one window and a shift: uint8 [N,h,w,3]."""
         settings = self.settings
         num_frames = len(control) if control else max(settings.frame_buckets) + 8
+        is_distilled = isinstance(pipeline.scheduler, CogVideoXSwinLCMScheduler)
         chunks, made = [], 0
         with self.autocast():
             stream = pipeline.stream(
@@ -118,7 +127,8 @@ class ControlledObjective(CogVideoXObjective):
                 control=control,
                 height=settings.height_buckets[0],
                 width=settings.width_buckets[0],
-                num_inference_steps=settings.validation_num_inference_steps,
+                # A distilled model knows its own number of steps.
+                num_inference_steps=None if is_distilled else settings.validation_num_inference_steps,
                 guidance_scale=settings.validation_guidance_scale,
                 control_guidance_scale=settings.validation_control_guidance_scale,
                 generator=torch.Generator(self.device).manual_seed(seed),

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import imageio
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from common.data.video_writer import write_video
 from common.training.encoding import EncodedBatch
 from common.training.metrics import RunLog
 from common.training.objective import Objective
@@ -106,16 +106,6 @@ class Validator:
                 import wandb
 
                 tracker.tracker.log({name: wandb.Video(str(path))}, step=step)
-
-
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 frames [N, h, w, 3] as H.264, beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    with imageio.get_writer(partial, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=1) as writer:
-        for frame in frames:
-            writer.append_data(frame)
-    partial.replace(path)
 
 
 def add_tensorboard_video(writer: Any, tag: str, frames: np.ndarray, fps: int, step: int) -> None:

@@ -18,7 +18,7 @@ from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, sample_group_timesteps
 from common.config.errors import SettingError
 from common.config.settings import VAE_TIME_FACTOR
-from common.training.controlled_objective import ControlledObjective, StreamingSettings
+from common.training.controlled_objective import StreamingObjective, StreamingSettings
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 
@@ -50,7 +50,7 @@ class SwinDPMSettings(StreamingSettings):
         return SwinDPMObjective(self)
 
 
-class SwinDPMObjective(ControlledObjective):
+class SwinDPMObjective(StreamingObjective):
     """v-prediction with noise rising from group to group behind a clean condition frame; all weights are trained."""
 
     base_pipeline = "CogVideoXControlPipeline"

@@ -12,6 +12,7 @@ arXiv 2405.18407; The Matrix, arXiv 2412.03568, section 3.4, which names the sta
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError
-from common.training.controlled_objective import ControlledObjective, StreamingSettings
+from common.training.controlled_objective import StreamingObjective, StreamingSettings
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
@@ -71,7 +72,7 @@ class SCMSettings(StreamingSettings):
         return SCMObjective(self)
 
 
-class SCMObjective(ControlledObjective):
+class SCMObjective(StreamingObjective):
     """Three roles over one architecture: the frozen teacher, the student (`module`), the EMA student as target."""
 
     base_pipeline = "CogVideoXStreamingPipeline"
@@ -128,11 +129,9 @@ class SCMObjective(ControlledObjective):
         """Pseudo-Huber distance of the student's jump from the target's, mean per frame: [B,F]."""
         noise = rng.normal(batch.latents.shape[1:])
         noisy = mix_noise(batch.latents, noise, timesteps, self.alphas)  # x_t
-        condition = timesteps == CLEAN
-        boundary = torch.where(condition, CLEAN, self.student_scheduler.phase_boundary(timesteps.clamp(min=0)))
-        solver = torch.where(condition, CLEAN, self.student_scheduler.solver_timestep(timesteps.clamp(min=0)))
-        scale, timestep_cond = self._draw_guidance(rng)
-        more = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
+        boundary = self._lower(timesteps, self.student_scheduler.phase_boundary)  # b(t)
+        solver = self._lower(timesteps, self.student_scheduler.solver_timestep)  # s
+        scale, more = self._draw_guidance(rng)
 
         with torch.no_grad():
             teacher_x0 = self._teacher_x0(noisy, timesteps, batch.prompt_embeds, control_embeds, scale)
@@ -143,6 +142,11 @@ class SCMObjective(ControlledObjective):
         c = self.settings.huber_c
         return ((jumped - target).square() + c**2).sqrt().sub(c).mean(dim=(2, 3, 4))
 
+    @staticmethod
+    def _lower(timesteps: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """`rule` of the timesteps; what is clean stays clean."""
+        return torch.where(timesteps == CLEAN, CLEAN, rule(timesteps.clamp(min=0)))
+
     def _jump(
         self, module: nn.Module, sample: Tensor, timesteps: Tensor, boundary: Tensor, prompt: Tensor, control: Tensor,
         more: dict[str, Tensor],
@@ -152,13 +156,13 @@ class SCMObjective(ControlledObjective):
         x0 = predict_x0(sample, output, timesteps, self.alphas)
         return ddim_step(sample, x0, timesteps, boundary, self.alphas)
 
-    def _draw_guidance(self, rng: SampleRandom) -> tuple[Tensor | None, Tensor | None]:
-        """The guidance drawn for each sample [B] and its embedding [B,cond_proj_dim]; None, None when it is fixed."""
+    def _draw_guidance(self, rng: SampleRandom) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The guidance drawn for each sample [B], and what tells the student; None and nothing when it is fixed."""
         if not self.settings.guidance_range:
-            return None, None
+            return None, {}
         low, high = self.settings.guidance_range
         scale = low + (high - low) * rng.uniform()
-        return scale, guidance_scale_embedding(scale, self.settings.cond_proj_dim)
+        return scale, {"timestep_cond": guidance_scale_embedding(scale, self.settings.cond_proj_dim)}
 
     def _teacher_x0(
         self, noisy: Tensor, timesteps: Tensor, prompt: Tensor, control: Tensor, scale: Tensor | None
@@ -185,13 +189,26 @@ class SCMObjective(ControlledObjective):
         return predict_x0(noisy, velocity, timesteps, self.alphas)
 
     def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
-        """The consistency error from the top of the phases, where sampling starts; and of one jump against the data."""
-        T, G, num_frames = self.num_train_timesteps, self.settings.num_noise_groups, batch.latents.shape[1]
+        """How far the student's jump from the top of every phase lands from where the teacher's K/P solver steps lead.
+
+        Unlike the training loss, whose target moves along, this is a distance to something fixed.
+        """
+        num_frames, T, G = batch.latents.shape[1], self.num_train_timesteps, self.settings.num_noise_groups
         tops = (torch.arange(G, device=self.device) + 1) * (T // G) - 1
-        tops = torch.cat([tops.new_full((1,), CLEAN), tops.repeat_interleave((num_frames - 1) // G)])  # [F]
+        tops = torch.cat([tops.new_full((1,), CLEAN), tops.repeat_interleave((num_frames - 1) // G)])
+        tops = tops.expand(len(batch), -1)  # [B,F]
+        boundary = self._lower(tops, self.student_scheduler.phase_boundary)
+        noisy = mix_noise(batch.latents, rng.normal(batch.latents.shape[1:]), tops, self.alphas)
         rows = self.vocabulary.embed(batch.control_indices)
-        error = self._consistency_error(batch, tops.expand(len(batch), -1), rows, rng)[:, 1:]
-        return {"loss": error.mean()}
+        scale, more = self._draw_guidance(rng)
+        solved, timesteps = noisy, tops
+        for _ in range(self.settings.num_solver_steps // self.student_scheduler.num_phases):
+            following = self._lower(timesteps, self.student_scheduler.solver_timestep)
+            x0 = self._teacher_x0(solved, timesteps, batch.prompt_embeds, rows, scale)
+            solved, timesteps = ddim_step(solved, x0, timesteps, following, self.alphas), following
+        jumped = self._jump(self.module, noisy, tops, boundary, batch.prompt_embeds, rows, more)
+        error = (jumped - solved)[:, 1:].square().mean(dim=(0, 2, 3, 4)).unflatten(0, (G, -1)).mean(dim=1)  # [G]
+        return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(error)}}
 
     def after_optimizer_step(self, step: int) -> None:
         update_ema(self.target, self.plain_module, self.settings.ema_decay)

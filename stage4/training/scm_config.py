@@ -2,8 +2,8 @@
 
 Command:   bash stage4/train_text_to_video_scm.sh            (--dry_run shows sizes and leaves)
 Hardware:  student and its EMA in float32, the teacher in bf16, up to three teacher forwards a step: 8 GPUs of 80 GB.
-Expect:    `validation/loss` falls fast at first; judge by the sample videos, which take four forwards to begin with
-           and one for every further half second.
+Expect:    `validation/loss` is the distance of one jump from the teacher's ten guided steps; it falls fast at first.
+           The sample videos take four forwards to begin with and one for every further half second.
 Next:      python stage4/inference.py --model_path outputs/stage4 --control "D*160" --output drive.mp4
 """
 

@@ -1,0 +1,164 @@
+"""What the stages' inference.py share: their command-line options, and from options to a video file.
+
+Shapes: N raw frames · h w pixels.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.config.errors import UserError
+from common.data.control_signals import parse_control_string, read_control_file
+from common.data.video import read_clip
+from common.data.video_writer import VideoWriter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Options that every stage's inference has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="pipeline directory (or hub id)")
+    parser.add_argument("--prompt", required=True, help="what the video shows")
+    parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
+    parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 file to write")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 16; by default the model's")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 16; by default the model's")
+    parser.add_argument("--fps", type=int, default=16, help="frames per second of the file")
+    parser.add_argument("--num_inference_steps", type=int, help="denoising steps; the default suits the stage")
+    parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; 1 for none")
+    parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same video")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu …; by default a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="by default bfloat16 on a GPU, float32 on the CPU")
+    return parser
+
+
+def add_control_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the stages that obey a control signal."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--control", help='control string, signal*raw frames: "D*32,DL*16,D*16"')
+    group.add_argument("--control_file", type=Path, help="text file with a control string; # starts a comment")
+    parser.add_argument("--control_guidance_scale", type=float, default=1.0, help="guidance on control; 1 for none")
+
+
+def add_stream_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the stages that stream."""
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length; by default that of the control string")
+    length.add_argument("--groups", type=int, help="length in window shifts")
+    parser.add_argument("--init_video", type=Path, help="begin at the end of this video instead of from text alone")
+    parser.add_argument("--frames_per_group", type=int, help="latent frames per shift; by default as trained")
+
+
+def read_control(args: argparse.Namespace) -> list[str] | None:
+    """One token per raw frame, None when no control was given."""
+    if args.control_file:
+        return read_control_file(args.control_file)
+    return parse_control_string(args.control, where="--control") if args.control else None
+
+
+def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device, DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+
+
+def load_pipeline(pipeline_class: type, args: argparse.Namespace) -> Any:
+    """The pipeline of --model_path on its device, quiet enough for a terminal."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device, dtype = device_and_dtype(args)
+    return pipeline_class.from_pretrained(args.model_path, torch_dtype=dtype).to(device)
+
+
+def generator_for(pipeline: Any, seed: int) -> torch.Generator:
+    return torch.Generator(pipeline.device).manual_seed(seed)
+
+
+def clip_length(args: argparse.Namespace, control: list[str] | None, default: int) -> int:
+    """Raw frames of a clip: --num_frames, else as many as the control string covers, else the model's."""
+    if args.num_frames:
+        return args.num_frames
+    return default if control is None else max((len(control) - 1) // 4, 1) * 4 + 1
+
+
+def save(args: argparse.Namespace, chunks: Iterator[np.ndarray], control: list[str] | None, total: int | None) -> None:
+    """Writes chunks of uint8 frames [N,h,w,3] as they come, up to `total` frames, and a JSON of how they were made."""
+    started = time.perf_counter()
+    with (
+        VideoWriter(args.output, args.fps) as video,
+        tqdm(total=total, unit="frame", desc=args.output.name, disable=not sys.stderr.isatty()) as progress,
+    ):
+        for chunk in chunks:
+            chunk = chunk if total is None else chunk[: total - video.num_frames]
+            video.write(chunk)  # at once: what is made is on disk
+            progress.update(len(chunk))
+            if total is not None and video.num_frames >= total:
+                break
+    seconds = time.perf_counter() - started
+    about = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    about |= {"control": None if control is None else ",".join(control), "num_frames": video.num_frames}
+    args.output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    print(f"{args.output}: {video.num_frames} frames in {seconds:.1f} s ({video.num_frames / seconds:.1f} a second)")
+
+
+def to_frames(video: np.ndarray) -> np.ndarray:
+    """A pipeline's output of type "np", [N,h,w,3] of [0,1], as uint8."""
+    return (video * 255).round().astype(np.uint8)
+
+
+def read_init_video(path: Path, pipeline: CogVideoXStreamingPipeline, args: argparse.Namespace) -> torch.Tensor:
+    """The end of a video at the model's rate and size, as many frames as a window has: uint8 [N,3,h,w]."""
+    num_frames = 4 * (pipeline.scheduler.num_window_frames - 1) + 1
+    config, scale = pipeline.transformer.config, pipeline.vae_scale_factor_spatial
+    height, width = args.height or config.sample_height * scale, args.width or config.sample_width * scale
+    return read_clip(path, num_frames, height, width, args.fps, from_end=True)
+
+
+def stream(description: str) -> None:
+    """`inference.py` of stages 3 and 4: streams a video to a file."""
+    parser = make_parser(description)
+    add_control_options(parser)
+    add_stream_options(parser)
+    args = parser.parse_args()
+    control = read_control(args)
+    pipeline = load_pipeline(CogVideoXStreamingPipeline, args)
+    if args.frames_per_group:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, frames_per_group=args.frames_per_group
+        )
+    init_video = read_init_video(args.init_video, pipeline, args) if args.init_video else None
+    total = round(args.seconds * args.fps) if args.seconds else None
+    if total is None and args.groups is None:
+        if control is None:
+            raise UserError("how long? give --seconds or --groups, or a control string that says it")
+        total = len(control)
+    is_distilled = hasattr(pipeline.scheduler, "num_phases")
+    default_guidance = 1.0 if is_distilled else 6.0
+    chunks = pipeline.stream(
+        args.prompt,
+        control,
+        init_video,
+        num_chunks=args.groups,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=default_guidance if args.guidance_scale is None else args.guidance_scale,
+        control_guidance_scale=args.control_guidance_scale,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        generator=generator_for(pipeline, args.seed),
+    )
+    save(args, chunks, control, total)

@@ -1,0 +1,43 @@
+"""Stage 1: a clip from a prompt, by a base model, a fused one, or a base with its LoRA beside it.
+
+python stage1/inference.py --model_path outputs/stage1_fused --prompt "…" --output clip.mp4
+python stage1/inference.py --model_path models/CogVideoX-2b --lora_path outputs/stage1 --prompt "…"
+"""
+
+from diffusers import CogVideoXPipeline
+
+from common.cogvideox.pipeline_io import load_components, read_model_index
+from common.config.errors import run_cli
+from common.tools.fuse_lora_weights import add_lora, find_lora_file
+from common.tools.inference import clip_length, device_and_dtype, generator_for, make_parser, save, to_frames
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--lora_path", help="stage 1's output_dir, or a LoRA file")
+    parser.add_argument("--num_frames", type=int, help="raw frames, 4n+1; by default the model's")
+    args = parser.parse_args()
+    read_model_index(args.model_path, expected="CogVideoXPipeline")
+    device, dtype = device_and_dtype(args)
+    pipeline = CogVideoXPipeline(**load_components(args.model_path, dtype))
+    if args.lora_path:
+        add_lora(pipeline.transformer, find_lora_file(args.lora_path))
+    pipeline.to(device)
+    num_frames = clip_length(args, None, pipeline.transformer.config.sample_frames)
+    video = pipeline(
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        num_frames=num_frames,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.num_inference_steps or 50,
+        guidance_scale=6.0 if args.guidance_scale is None else args.guidance_scale,
+        generator=generator_for(pipeline, args.seed),
+        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+        output_type="np",
+    ).frames[0]
+    save(args, iter([to_frames(video)]), None, None)
+
+
+if __name__ == "__main__":
+    run_cli(main)

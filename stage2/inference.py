@@ -1,0 +1,44 @@
+"""Stage 2: a clip that obeys a control signal.
+
+python stage2/inference.py --model_path outputs/stage2 --prompt "…" --control "D*32,DL*33" --output clip.mp4
+"""
+
+from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
+from common.config.errors import run_cli
+from common.tools.inference import (
+    add_control_options,
+    clip_length,
+    generator_for,
+    load_pipeline,
+    make_parser,
+    read_control,
+    save,
+    to_frames,
+)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add_control_options(parser)
+    parser.add_argument("--num_frames", type=int, help="raw frames, 4n+1; by default as many as are controlled")
+    args = parser.parse_args()
+    control = read_control(args)
+    pipeline = load_pipeline(CogVideoXControlPipeline, args)
+    video = pipeline(
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        control_signal=control,
+        num_frames=clip_length(args, control, pipeline.transformer.config.sample_frames),
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.num_inference_steps or 50,
+        guidance_scale=6.0 if args.guidance_scale is None else args.guidance_scale,
+        control_guidance_scale=args.control_guidance_scale,
+        generator=generator_for(pipeline, args.seed),
+        output_type="np",
+    ).frames[0]
+    save(args, iter([to_frames(video)]), control, None)
+
+
+if __name__ == "__main__":
+    run_cli(main)

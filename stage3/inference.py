@@ -1,0 +1,11 @@
+"""Stage 3: streams video from a sliding window; its length costs no memory.
+
+python stage3/inference.py --model_path outputs/stage3 --prompt "…" --control "D*160,DL*160" --output drive.mp4
+python stage3/inference.py --model_path outputs/stage3 --prompt "…" --control "D*1" --seconds 600 --output drive.mp4
+"""
+
+from common.config.errors import run_cli
+from common.tools.inference import stream
+
+if __name__ == "__main__":
+    run_cli(lambda: stream(__doc__))

@@ -1,0 +1,82 @@
+"""Every shipped config parses, resolves its paths from its own folder, and dry-runs; wrong lines are named."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config.errors import UserError
+from common.config.loader import load_settings
+from common.config.settings import setting_types
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(ROOT.glob("stage?/training/*_config.py"))
+REAL = [c for c in CONFIGS if c.name != "miniworld_config.py"]
+
+
+def test_there_is_a_real_and_a_mini_config_for_every_stage():
+    assert [str(c.relative_to(ROOT)) for c in CONFIGS] == [
+        "stage1/training/lora_config.py", "stage1/training/miniworld_config.py",
+        "stage2/training/miniworld_config.py", "stage2/training/sft_config.py",
+        "stage3/training/miniworld_config.py", "stage3/training/sft_config.py",
+        "stage4/training/miniworld_config.py", "stage4/training/scm_config.py",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.parts[-3]}-{c.stem}")
+def test_config_parses_and_states_type_and_meaning_of_each_setting(config):
+    settings = load_settings(config, [])
+    for name in ("output_dir", "data_root", "index_file"):
+        assert Path(getattr(settings, name)).is_absolute() and ".." not in getattr(settings, name)
+    types = setting_types(type(settings))
+    for node in ast.parse(config.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            line = config.read_text().splitlines()[node.lineno - 1]
+            assert node.targets[0].attr in types
+            assert "  # " in line and ": " in line.split("  # ")[1], f"{config.name}:{node.lineno}: {line}"
+    assert "Command:" in config.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize("config", REAL, ids=lambda c: f"{c.parts[-3]}-{c.stem}")
+def test_real_configs_dry_run_without_weights_or_data(config):
+    """On a machine that has neither CogVideoX-2B nor the videos: the sizes are those of the 2B."""
+    done = subprocess.run(
+        [sys.executable, "-m", "common.tools.train", "--config", str(config), "--dry_run"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = json.loads(done.stdout)["model"]
+    with_control = config.parts[-3] != "stage1"
+    assert model["parameters"] - (0 if with_control else model["trained parameters"]) == pytest.approx(
+        2.0095e9 if with_control else 2.0095e9 - 315.8e6, rel=1e-3
+    )
+    if config.parts[-3] == "stage2":
+        assert model["trained parameters"] == pytest.approx(315.8e6, rel=1e-3)
+    if config.parts[-3] in ("stage3", "stage4"):
+        assert model["trained parameters"] == model["parameters"]
+    longest = max(load_settings(config, []).frame_buckets)
+    assert model["video tokens per window"][f"{longest}x480x720"] == ((longest - 1) // 4 + 1) * 1350
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "message"),
+    [
+        ("stage1", ["--learing_rate", "1e-4"], r"learing_rate.*learning_rate"),
+        ("stage1", ["--rank", "many"], r"rank"),
+        ("stage1", ["--frame_buckets", "32"], r"32.*4n\+1.*29 or 33"),
+        ("stage1", ["--height_buckets", "100"], r"100 is not a multiple of 16"),
+        ("stage2", ["--control_start_layer", "6"], r"control_start_layer"),
+        ("stage2", ["--control_attention", "none"], r"frame_causal"),
+        ("stage3", ["--frame_buckets", "29"], r"29 frames do not make.*4 equal groups.*17 or 33"),
+        ("stage3", ["--window_frames", "65"], r"window_frames"),
+        ("stage4", ["--num_solver_steps", "50"], r"50 is not a multiple of the 4 phases.*48 or 52"),
+        ("stage4", ["--guidance_range", "2", "6"], r"cond_proj_dim"),
+        ("stage4", ["--ema_decay", "1"], r"ema_decay"),
+    ],
+)
+def test_impossible_settings_are_refused_with_name_value_and_remedy(stage, override, message):
+    with pytest.raises(UserError, match=message):
+        load_settings(ROOT / stage / "training" / "miniworld_config.py", override)
