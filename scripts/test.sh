@@ -3,7 +3,7 @@
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-need_environment requirements-dev.txt
+need_environment scripts/requirements-dev.txt
 
 ruff check .
 ruff format --check .

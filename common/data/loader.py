@@ -29,7 +29,8 @@ class TrainLoader(DataLoader):
         others = multiprocessing.active_children()
         batches = super().__iter__()  # starts the workers
         workers = [process for process in multiprocessing.active_children() if process not in others]
-        # They ignore SIGTERM, by which Python would end them at exit and then wait for them: without this, for ever.
+        # They ignore SIGTERM, by which Python would end them at exit and then wait for them: without this,
+        # for ever.
         multiprocessing.util.Finalize(None, _kill, args=(workers,), exitpriority=100)
         return _raising(batches)
 

@@ -16,7 +16,7 @@ MINIMUM_SIDE = 16  # smaller "matrices" (the RGB input and output) are left to A
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearly the polar factor U·Vᵀ of a matrix by quintic Newton–Schulz steps; singular values end up in about 0.7…1.2."""
+    """Nearly the polar factor U·Vᵀ of a matrix by Newton–Schulz steps; singular values end up in 0.7…1.2."""
     x = matrix / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
