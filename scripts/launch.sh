@@ -58,16 +58,18 @@ if [[ "$processes" == 1 && -z "${ACCELERATE_CONFIG_FILE:-}" ]]; then
 fi
 
 # A wrong setting is reported here, in one line, and not by every process and its launcher.
-if [[ "$processes" != 1 ]]; then
-    WORLD_SIZE="$processes" "$PYTHON" -m common.tools.train "${arguments[@]}" --dry_run > "/dev/null"
+check=("$PYTHON" -m common.tools.train "${arguments[@]}" --dry_run)
+if [[ " $* " == *" --dry_run "* ]]; then
+    WORLD_SIZE="$processes" exec "${check[@]}"
 fi
+WORLD_SIZE="$processes" "${check[@]}" > /dev/null
 
 launch=(
     --config_file "${ACCELERATE_CONFIG_FILE:-$root/scripts/accelerate/ddp.yaml}"
     --num_processes "$processes" --num_machines "$machines" --machine_rank "$machine_rank"
 )
 if ((machines > 1)); then
-    : "${MASTER_ADDR:?several machines need MASTER_ADDR, the first one\'s address}"
+    : "${MASTER_ADDR:?several machines need MASTER_ADDR, the address of the first}"
     launch+=(--main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-29500}")
 else
     launch+=(--main_process_port 0)  # any free one
@@ -75,15 +77,15 @@ fi
 if ((gpus == 0)); then
     export ACCELERATE_USE_CPU=true
 fi
-for word in "${arguments[@]}"; do
-    if [[ "$word" == --dry_run ]]; then
-        exec "$PYTHON" -m common.tools.train "${arguments[@]}"
-    fi
-done
 
-# The launcher answers SIGTERM by ending the training processes before they have saved. So it is handed to them
-# directly: they save a checkpoint and leave, and then the launcher leaves with their exit code.
-"$PYTHON" -m accelerate.commands.launch "${launch[@]}" -m common.tools.train "${arguments[@]}" &
+# The launcher would answer SIGTERM or Ctrl-C by killing the training processes, 30 seconds later at best. So it is deaf
+# to both; they are handed to the training processes, which save a checkpoint and leave, and then the launcher leaves
+# with their exit code.
+export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
+(
+    trap '' TERM INT
+    exec "$PYTHON" -m accelerate.commands.launch "${launch[@]}" -m common.tools.train "${arguments[@]}"
+) &
 launcher=$!
 signals=0
 hand_on() {
@@ -91,7 +93,7 @@ hand_on() {
     local children
     children="$(cat "/proc/$launcher/task/"*/children 2> /dev/null || true)"
     # shellcheck disable=SC2086  # a list of numbers
-    kill -TERM ${children:-$launcher} 2> /dev/null || true
+    kill -TERM $children 2> /dev/null || true
 }
 trap hand_on TERM INT
 while

@@ -8,6 +8,7 @@ loaded and nothing is written. On one device `python -m common.tools.train …` 
 import json
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -17,6 +18,9 @@ from common.config.settings import TrainingSettings
 
 
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # scripts/launch.sh has its launcher, our parent, ignore them
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     is_main = int(os.environ.get("RANK", "0")) == 0
     try:
         config_path, dry_run, overrides = parse_launch_line(sys.argv[1:])

@@ -1,22 +1,25 @@
 """Stopping on SIGTERM and SIGINT between two steps, on all processes at the same step."""
 
 import signal
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+IMPATIENT_AFTER_SECONDS = 3.0
 
 
 class StopRequest:
     """Within the `with` block SIGTERM and SIGINT only leave a note; `agreed` tells whether any process got one.
 
-    A second SIGINT (Ctrl-C pressed again) interrupts at once.
+    A second Ctrl-C interrupts at once, unless it comes within seconds of the first: one key press may arrive twice, from
+    the terminal and from a launcher that hands it on.
     """
 
     def __enter__(self) -> "StopRequest":
-        self.received: list[int] = []
+        self.received: list[float] = []  # when
         self.group: dist.ProcessGroup | None = None
         self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -32,9 +35,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and self.received.count(number) >= 1:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received and now - self.received[0] > IMPATIENT_AFTER_SECONDS:
             raise KeyboardInterrupt
-        self.received.append(number)
+        self.received.append(now)
 
     def agreed(self) -> bool:
         """True on every process as soon as one has been asked to stop. All processes call it at every step."""

@@ -11,12 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -96,8 +97,12 @@ class Trainer:
             mixed_precision=settings.mixed_precision if on_gpu else "no",
             log_with=None if settings.report_to == "none" else settings.report_to,
             project_dir=str(self.output_dir / "logs"),
-            # No buffer of a transformer changes in training.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                # No buffer of a transformer changes in training.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                # The others wait while one process writes a checkpoint, perhaps to a slow disk.
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            ],
         )
         self.state = TrainingState(settings, self.objective, accelerator, checkpoint)
         self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)

@@ -100,7 +100,7 @@ def test_two_processes_train_like_one_with_twice_the_batch_and_stop_together(toy
     options = ["--train_batch_size", "1", "--max_train_steps", "8", "--gradient_accumulation_steps", "2"]
     run = Run(toy_data, output_dir, *options, "--checkpointing_steps", "2", processes=2, step_seconds=0.5)
     run.wait_for_checkpoint(2)
-    run.process.send_signal(signal.SIGTERM)  # to the launch script alone, which hands it on
+    os.killpg(run.process.pid, signal.SIGINT)  # Ctrl-C: to the script, the launcher, the processes and their workers
     code, output = run.finish()
     assert code == 0, output
     reached = list_checkpoints(output_dir)[-1][0]
