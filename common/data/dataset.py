@@ -121,10 +121,9 @@ class ClipDataset(Dataset):
         try:
             sample = self.fetch(record, bucket, draw)
         except ClipError as error:
-            self._note(index, bucket_index, error)
+            self.note(index, bucket_index, error)
             return None
-        if self.states[bucket_index, index] == UNSEEN:
-            self.states[bucket_index, index] = USABLE
+        self.note(index, bucket_index)
         sample["caption"] = record.caption
         raw_frames = sample.pop("raw_frames")
         sample["sample_id"] = f"{record.name}@{int(raw_frames[0])}"
@@ -133,7 +132,15 @@ class ClipDataset(Dataset):
             sample["control_indices"] = torch.tensor(signals, dtype=torch.int64)  # [F]
         return sample
 
-    def _note(self, index: int, bucket_index: int, error: ClipError) -> None:
+    def note(self, index: int, bucket_index: int, error: ClipError | None = None) -> None:
+        """Remember that a clip was usable, or was refused with `error`; a refusal is logged the first time.
+
+        Raises UserError when the share of unreadable clips becomes too large.
+        """
+        if error is None:
+            if self.states[bucket_index, index] == UNSEEN:
+                self.states[bucket_index, index] = USABLE
+            return
         state = UNREADABLE if isinstance(error, UnreadableVideo) else TOO_SHORT
         if self.states[bucket_index, index] == state:
             return

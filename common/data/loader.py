@@ -19,7 +19,9 @@ from common.config.errors import SettingError, UserError
 from common.config.settings import TrainingSettings
 from common.data.buckets import BucketBatchSampler, SampleKey, make_buckets
 from common.data.dataset import ClipDataset, VideoDataset, collate
+from common.data.fingerprint import cache_fingerprint
 from common.data.index import ClipRecord, read_index
+from common.data.latent_cache import LatentCache, LatentDataset
 
 
 class TrainLoader(DataLoader):
@@ -99,6 +101,9 @@ def build_dataset(settings: TrainingSettings, records: list[ClipRecord], needs_c
         "max_unreadable_share": settings.max_unreadable_share,
     }
     buckets = make_buckets(settings.frame_buckets, settings.height_buckets, settings.width_buckets)
+    if settings.latent_cache_dir:
+        cache = LatentCache(settings.latent_cache_dir, cache_fingerprint(settings))
+        return LatentDataset(records, buckets, cache, **options)
     return VideoDataset(records, buckets, **options)
 
 

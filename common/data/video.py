@@ -80,6 +80,8 @@ class Video:
         try:
             pictures = self._reader.get_batch(wanted.tolist()).asnumpy()  # [≤N, h, w, 3]
         except Exception as error:
+            if "size must exactly match" in str(error):  # decord takes the padding of short rows for a fourth colour
+                raise UnreadableVideo(f"{self.path}: decord cannot read pictures narrower than 64 pixels") from error
             damage = one_line(error)[-80:]
             raise UnreadableVideo(f"{self.path}: cannot be decoded, it is truncated or damaged ({damage})") from error
         return resize_and_crop(torch.from_numpy(pictures).permute(0, 3, 1, 2), height, width)[inverse]

@@ -130,6 +130,13 @@ def test_damage_is_named_with_the_file(damaged, kind, message):
     assert "\n" not in str(error.value)
 
 
+def test_pictures_too_narrow_for_the_decoder_are_refused_and_not_garbled(tmp_path):
+    with pytest.raises(UnreadableVideo, match="narrower than 64 pixels"):
+        read_clip(write_video(tmp_path / "narrow.mp4", 9, 16, size=(32, 48)), 9, 32, 48, 16)
+    odd = write_video(tmp_path / "odd.mp4", 9, 16, size=(70, 102))
+    assert frame_numbers(read_clip(odd, 9, 64, 96, 16)) == list(range(9))
+
+
 def test_from_end_reads_the_last_frames(videos):
     assert frame_numbers(read_clip(videos["16"], 9, 64, 96, 16, from_end=True)) == list(range(141, 150))
 

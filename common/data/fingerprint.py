@@ -1,0 +1,100 @@
+"""What a latent cache depends on, as a small dictionary that can be compared and shown to the user.
+
+Weights are known by their content, not by their path: every stage's directory holds the same VAE and text
+encoder, so all of them share a cache.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from common.config.errors import SettingError
+from common.config.settings import TrainingSettings
+
+CACHE_FORMAT = 1
+WHOLE_UP_TO = 64 << 20  # bytes; larger files are known by samples, since hashing a text encoder of 10 GB takes a minute
+NUM_BLOCKS = 64
+COMPONENTS = ("vae", "text_encoder", "tokenizer")
+WEIGHT_SUFFIXES = (".json", ".safetensors", ".bin", ".model")
+
+
+def file_digest(path: str | os.PathLike, whole_up_to: int = WHOLE_UP_TO) -> str:
+    """A hash of the file's content: of all of it, or of its size and 64 blocks spread over it when it is
+    larger."""
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if size <= whole_up_to:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            block_size = whole_up_to // NUM_BLOCKS
+            for number in range(NUM_BLOCKS):
+                file.seek((size - block_size) * number // (NUM_BLOCKS - 1))
+                digest.update(file.read(block_size))
+    return digest.hexdigest()
+
+
+def component_digest(directory: Path) -> str:
+    """A hash of a component's files: names and contents, but not what a library notes about itself in
+    config.json."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(p for p in directory.iterdir() if p.suffix in WEIGHT_SUFFIXES):
+        digest.update(path.name.encode())
+        if path.name == "config.json":
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config = {name: value for name, value in config.items() if not name.startswith("_")}
+            config.pop("transformers_version", None)
+            digest.update(json.dumps(config, sort_keys=True).encode())
+        else:
+            digest.update(file_digest(path).encode())
+    return digest.hexdigest()
+
+
+def pipeline_directory(settings: TrainingSettings) -> Path:
+    """Where the base model's components lie; a hub id is looked up in, or fetched into, the hub's own
+    cache."""
+    path = Path(settings.pretrained_model_name_or_path)
+    if path.is_dir():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{name}/*" for name in COMPONENTS]
+        return Path(snapshot_download(settings.pretrained_model_name_or_path, allow_patterns=patterns))
+    except Exception as error:  # no network, no such repository, a malformed id: all mean the same to the user
+        raise SettingError(
+            "pretrained_model_name_or_path",
+            f"{settings.pretrained_model_name_or_path} is neither a directory nor a repository that can be reached",
+        ) from error
+
+
+def cache_fingerprint(settings: TrainingSettings) -> dict[str, Any]:
+    """Everything that a cache's numbers depend on besides the videos and captions themselves.
+
+    Buckets are not in it: a cache may hold more of them than a run uses.
+    """
+    directory = pipeline_directory(settings)
+    fingerprint: dict[str, Any] = {"format": CACHE_FORMAT}
+    for name in COMPONENTS:
+        if not (directory / name).is_dir():
+            raise SettingError("pretrained_model_name_or_path", f"{directory} holds no {name}/")
+        fingerprint[name] = component_digest(directory / name)
+    for name in ("fps", "windows_per_clip", "max_sequence_length", "mixed_precision"):
+        fingerprint[name] = getattr(settings, name)
+    return fingerprint
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What differs, in words: "fps is 8 (cache: 16), the vae is another"."""
+    parts = []
+    for name in [*ours, *(key for key in theirs if key not in ours)]:
+        if ours.get(name) != theirs.get(name):
+            if name in COMPONENTS:
+                parts.append(f"the {name} is another")
+            else:
+                parts.append(f"{name} is {ours.get(name)} (cache: {theirs.get(name)})")
+    return ", ".join(parts)

@@ -1,0 +1,183 @@
+"""Encode a run's videos and captions once, so that training reads latents instead of decoding and encoding.
+
+    python -m common.tools.precompute --config stage2/training/sft_config.py --latent_cache_dir cache
+    --windows_per_clip 4
+
+Takes a training config and its overrides; `latent_cache_dir` and `windows_per_clip` must be set. `--dry_run`
+says how much belongs into it; `--renew` first deletes a cache that other settings or weights made.
+Interrupted, it goes on when started again. On several GPUs: `accelerate launch -m common.tools.precompute …`;
+every process takes its share.
+
+At 480×720 a window of 33 frames takes about 0.7 s on an H200 and 3 MB in bf16; a caption 1.9 MB.
+"""
+
+import logging
+import os
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common.cogvideox.pipeline_io import load_component, resolve_pipeline_directory
+from common.config.errors import SettingError, UserError, run_cli
+from common.config.loader import load_settings, parse_launch_line
+from common.config.settings import TrainingSettings
+from common.data.buckets import make_buckets
+from common.data.dataset import VideoDataset
+from common.data.fingerprint import cache_fingerprint
+from common.data.index import ClipRecord
+from common.data.latent_cache import LatentCacheWriter, clear_cache
+from common.data.loader import read_records
+from common.data.video import ClipError
+from common.training.encoding import encode_moments, encode_prompts
+
+
+class Task(NamedTuple):
+    """One window to encode; the numbers are places in the data set's lists."""
+
+    record: int
+    bucket: int
+    window: int
+
+
+class _Windows(Dataset):
+    """Decodes tasks; a clip that cannot be used comes back as its error."""
+
+    def __init__(self, videos: VideoDataset, tasks: list[Task]):
+        self.videos, self.tasks = videos, tasks
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, number: int) -> tuple[Task, dict[str, Any] | ClipError]:
+        task = self.tasks[number]
+        try:
+            return task, self.videos.fetch(
+                self.videos.records[task.record], self.videos.buckets[task.bucket], task.window
+            )
+        except ClipError as error:
+            return task, type(error)(str(error))  # without its traceback, which cannot leave the process
+
+
+def video_dataset(settings: TrainingSettings, records: list[ClipRecord]) -> VideoDataset:
+    """The data set that on-the-fly training would read its windows from."""
+    buckets = make_buckets(settings.frame_buckets, settings.height_buckets, settings.width_buckets)
+    return VideoDataset(
+        records, buckets, fps=settings.fps, windows_per_clip=settings.windows_per_clip,
+        max_unreadable_share=settings.max_unreadable_share,
+    )  # fmt: skip
+
+
+def missing_tasks(
+    writer: LatentCacheWriter, videos: VideoDataset, num_buckets: int, num_windows: int, rank: int, world_size: int
+) -> list[Task]:
+    """This process's windows of the first `num_buckets` buckets that the cache lacks. Whole clips are divided
+    among the processes, not what is missing: that changes while the others write."""
+    return [
+        Task(record, bucket, window)
+        for record in range(rank, len(videos.records), world_size)
+        for bucket in range(num_buckets)
+        for window in range(num_windows)
+        if not writer.has_window(videos.records[record], videos.buckets[bucket], window)
+    ]
+
+
+def encode_windows(
+    writer: LatentCacheWriter, vae: torch.nn.Module, videos: VideoDataset, tasks: list[Task], num_workers: int
+) -> None:
+    """Decode in `num_workers` processes, encode one clip at a time, add to the cache."""
+    dtype = next(vae.parameters()).dtype
+    loader = DataLoader(_Windows(videos, tasks), batch_size=None, num_workers=num_workers)
+    for task, sample in tqdm(loader, desc="windows", disable=not tasks):
+        record, bucket = videos.records[task.record], videos.buckets[task.bucket]
+        if isinstance(sample, ClipError):
+            videos.note(task.record, task.bucket, sample)
+            writer.add_refusal(record, bucket, task.window, sample)
+            continue
+        videos.note(task.record, task.bucket)
+        # encode_moments widens to float32 what the VAE computed in `dtype`: going back loses nothing.
+        moments = encode_moments(vae, sample["pixel_values"][None])[0].to(dtype)
+        writer.add_window(record, bucket, task.window, moments, sample["raw_frames"])
+
+
+def encode_captions(
+    writer: LatentCacheWriter, settings: TrainingSettings, captions: list[str], device: torch.device
+) -> None:
+    """Add the captions' features; the text encoder leaves memory afterwards."""
+    if not captions:
+        return
+    base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
+    tokenizer = load_component(base, "tokenizer")
+    text_encoder = load_component(base, "text_encoder", weight_dtype(settings)).to(device)
+    for caption in tqdm(captions, desc="captions"):
+        writer.add_prompt(caption, encode_prompts(tokenizer, text_encoder, [caption], settings.max_sequence_length)[0])
+
+
+def weight_dtype(settings: TrainingSettings) -> torch.dtype:
+    """The type in which the trainer holds frozen weights."""
+    return torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+
+
+def extents(settings: TrainingSettings) -> tuple[list[tuple[list[ClipRecord], int, int]], list[str]]:
+    """What belongs into the cache: (records, number of buckets, windows of each) for training and held-out
+    clips, of which validation reads the first window in the first bucket; and all captions with the empty
+    one, for dropout."""
+    # Labels are not in the cache: they are read from the index, which may change without it.
+    train, held_out = read_records(settings, needs_control=False)
+    num_buckets = len(video_dataset(settings, []).buckets)
+    captions = list(dict.fromkeys(["", *(record.caption for record in train + held_out)]))
+    return [(train, num_buckets, settings.windows_per_clip), (held_out, 1, 1)], captions
+
+
+def precompute(settings: TrainingSettings, renew: bool = False) -> dict[str, int]:
+    """Bring the cache up to date with the settings; returns how many windows and captions this process worked
+    on.
+
+    `renew` first deletes what other settings made. Raises UserError.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parts, captions = extents(settings)
+    fingerprint = cache_fingerprint(settings)
+    if renew:
+        if world_size > 1:
+            raise UserError("--renew deletes what other processes may be writing; use it with one process")
+        clear_cache(settings.latent_cache_dir)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    with LatentCacheWriter(settings.latent_cache_dir, fingerprint) as writer:
+        captions = [c for c in captions[rank::world_size] if not writer.has_prompt(c)]
+        encode_captions(writer, settings, captions, device)
+        work = []
+        for records, *extent in parts:
+            videos = video_dataset(settings, records)
+            work.append((videos, missing_tasks(writer, videos, *extent, rank, world_size)))
+        num_windows = sum(len(tasks) for _, tasks in work)
+        if num_windows:
+            base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
+            vae = load_component(base, "vae", weight_dtype(settings)).to(device)
+            for videos, tasks in work:
+                encode_windows(writer, vae, videos, tasks, settings.dataloader_num_workers)
+    return {"windows": num_windows, "captions": len(captions)}
+
+
+def main() -> None:
+    """The command line."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    words = sys.argv[1:]
+    config, dry_run, overrides = parse_launch_line([word for word in words if word != "--renew"])
+    settings = load_settings(config, overrides)
+    for name in ("latent_cache_dir", "windows_per_clip", "data_root", "index_file", "pretrained_model_name_or_path"):
+        if not getattr(settings, name):
+            raise SettingError(name, "must be set to precompute a cache")
+    if dry_run:
+        parts, captions = extents(settings)
+        counts = {"windows": sum(len(r) * buckets * k for r, buckets, k in parts), "captions": len(captions)}
+    else:
+        counts = precompute(settings, renew="--renew" in words)
+    done = "belong" if dry_run else "added; all others were there already"
+    print(f"{settings.latent_cache_dir}: {counts['windows']} windows and {counts['captions']} captions {done}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
