@@ -19,7 +19,7 @@ from common.data.fingerprint import cache_fingerprint, file_digest
 from common.data.index import read_index
 from common.data.latent_cache import LatentCache, LatentCacheWriter
 from common.data.loader import build_train_loader, build_validation_batch
-from common.tools.precompute import precompute
+from common.tools.precompute import main, precompute
 from common.training.encoding import encode_moments, encode_prompts
 
 
@@ -225,3 +225,25 @@ def test_large_files_are_known_by_samples(tmp_path):
         digests.add((file_digest(path), file_digest(path, whole_up_to=6400)))
     assert len({whole for whole, _ in digests}) == 4
     assert len({sampled for _, sampled in digests}) >= 3  # both ends are always among the samples
+
+
+def test_the_command_line(data, tiny_base, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "some_config.py"
+    config.write_text("from common.config.settings import TrainingSettings\nargs = TrainingSettings()\n")
+    given = settings(data, tiny_base).to_dict()
+    words = ["precompute", "--config", str(config)]
+    for name in ("pretrained_model_name_or_path", "data_root", "index_file"):
+        words += [f"--{name}", given[name]]
+    words += ["--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "9", "--num_validation_clips", "1"]
+    words += ["--max_sequence_length", "16", "--dataloader_num_workers", "0"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(UserError, match="latent_cache_dir: must be set"):
+        main()
+    words += ["--latent_cache_dir", str(tmp_path / "cache"), "--windows_per_clip", "1"]
+    monkeypatch.setattr("sys.argv", [*words, "--dry_run"])
+    main()
+    assert "5 windows and 5 captions belong" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("sys.argv", words)
+    main()
+    assert "5 windows and 5 captions added" in capsys.readouterr().out
