@@ -14,8 +14,8 @@ IMPATIENT_AFTER_SECONDS = 3.0
 class StopRequest:
     """Within the `with` block SIGTERM and SIGINT only leave a note; `agreed` tells whether any process got one.
 
-    A second Ctrl-C interrupts at once, unless it comes within seconds of the first: one key press may arrive twice, from
-    the terminal and from a launcher that hands it on.
+    A second Ctrl-C interrupts at once, unless it comes within seconds of the first: one key press may arrive twice,
+    from the terminal and from a launcher that hands it on.
     """
 
     def __enter__(self) -> "StopRequest":

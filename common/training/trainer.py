@@ -82,12 +82,13 @@ class Trainer:
                     self.state.export()
                 else:
                     logger.info("stopped and saved at step %d; the same command goes on", self.state.step)
+            self.accelerator.end_training()
         except Exception as error:
             if is_out_of_memory(error):
                 raise UserError(self.out_of_memory_advice()) from error
             raise
         finally:
-            self.tear_down()
+            self.batches = None  # ends the data workers
 
     def set_up(self, checkpoint: Path | None, control: list[str] | None) -> None:
         """Processes, models, log, and data from the checkpoint's step on."""
@@ -230,12 +231,6 @@ class Trainer:
     def wait_for_device(self, condition: bool = True) -> None:
         if condition and self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
-
-    def tear_down(self) -> None:
-        """Ends the data workers, the trackers and the process group, whatever has happened."""
-        self.batches = None
-        if hasattr(self, "accelerator"):
-            self.accelerator.end_training()
 
     def out_of_memory_advice(self) -> str:
         s = self.settings

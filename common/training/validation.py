@@ -121,6 +121,7 @@ def add_tensorboard_video(writer: Any, tag: str, frames: np.ndarray, fps: int, s
     height, width = frames.shape[1:3]
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    writer.flush()
 
 
 def validation_control(settings: Any, needs_control: bool) -> list[str] | None:
