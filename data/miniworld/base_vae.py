@@ -128,6 +128,6 @@ def encode_windows(
 
 
 def measured_scaling_factor(moments: Tensor) -> float:
-    """1 / standard deviation of the sampled latents, for moments [n, 2C, F, H, W]: unit variance for the transformer."""
+    """1 / standard deviation of sampled latents, from moments [n, 2C, F, H, W]: the transformer sees unit variance."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return float((mean.var() + log_variance.exp().mean()).rsqrt())

@@ -106,7 +106,7 @@ def make_vae(place: Workplace, clips: list[Tensor], args: argparse.Namespace) ->
     device = torch.device(args.device)
     if not place.has("vae"):
         torch.manual_seed(args.seed)
-        vae = base_vae.make_vae(args.height, args.width).to(device)
+        vae = base_vae.make_vae(args.height, args.width, tuple(args.vae_channels)).to(device)
         if args.compile:
             vae.encoder.compile()
             vae.decoder.compile()
@@ -222,6 +222,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in (*batches, "transformer_windows", "num_heldout", "num_layers", "num_heads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: has to be at least 1")
+    if len(args.vae_channels) != 4 or any(channels < 8 or channels % 8 for channels in args.vae_channels):
+        raise UserError(f"--vae_channels {args.vae_channels}: give four multiples of 8, one for each halving of the size")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: there is no CUDA device; use --device cpu")
 
@@ -240,6 +242,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae_minutes", type=float, default=3.5, help="minutes of VAE training")
     add("--vae_steps", type=int, default=0, help="VAE steps; when given, --vae_minutes does not count")
     add("--vae_image_share", type=float, default=0.6, help="share of VAE training on single frames, at its start")
+    add("--vae_channels", type=int, nargs="+", default=list(base_vae.BLOCK_CHANNELS), help="width of each resolution")
     add("--vae_batch_size", type=int, default=2, help="9-frame clips a step")
     add("--vae_image_batch_size", type=int, default=4, help="single frames a step")
     add("--vae_learning_rate", type=float, default=3e-3, help="peak")

@@ -103,8 +103,8 @@ def make_jobs(args: argparse.Namespace) -> list[ClipJob]:
     """The clips of an index, their folders made."""
     if args.num_clips < 1 or args.num_frames < 1:
         raise UserError("--num_clips and --num_frames have to be at least 1")
-    if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
-        raise UserError(f"--height {args.height} --width {args.width}: both have to be multiples of 16")
+    if args.height % 16 or args.width % 16 or args.height < 16 or args.width < 64:  # decord reads nothing narrower
+        raise UserError(f"--height {args.height} --width {args.width}: use multiples of 16, at least 16 by 64")
     index = Path(args.index_name)
     if index.name != args.index_name or index.suffix != ".json":
         raise UserError(f"--index_name {args.index_name}: give a file name that ends in .json, without a folder")
