@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -93,6 +94,8 @@ class Trainer:
     def set_up(self, checkpoint: Path | None, control: list[str] | None) -> None:
         """Processes, models, log, and data from the checkpoint's step on."""
         settings, on_gpu = self.settings, torch.cuda.is_available()
+        # torch 2.13 has another name for it, which the oldest torch that we run on does not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         self.accelerator = accelerator = Accelerator(
             cpu=not on_gpu,
             mixed_precision=settings.mixed_precision if on_gpu else "no",
