@@ -223,7 +223,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: has to be at least 1")
     if len(args.vae_channels) != 4 or any(channels < 8 or channels % 8 for channels in args.vae_channels):
-        raise UserError(f"--vae_channels {args.vae_channels}: give four multiples of 8, one for each halving of the size")
+        raise UserError(f"--vae_channels {args.vae_channels}: give four multiples of 8, one a resolution")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: there is no CUDA device; use --device cpu")
 
