@@ -6,9 +6,9 @@ int64 [B] (place in the global batch); with control `control_indices` int64 [B, 
 CONTROL_TOKENS.
 """
 
-import multiprocessing
-import multiprocessing.util
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,25 +28,18 @@ class TrainLoader(DataLoader):
     """A DataLoader whose workers hand a user's mistake over as it is, not wrapped into a traceback."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        others = multiprocessing.active_children()
-        batches = super().__iter__()  # starts the workers
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-        # They ignore SIGTERM, by which Python would end them at exit and then wait for them: without this,
-        # for ever.
-        multiprocessing.util.Finalize(None, _kill, args=(workers,), exitpriority=100)
-        return _raising(batches)
+        return _raising(super().__iter__())
 
 
 def _raising(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-def _kill(processes: list[multiprocessing.Process]) -> None:
-    for process in processes:
-        process.kill()
+    try:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        # Or the error's traceback would keep the iterator: collected late and out of order, it waits for its workers.
+        del batches
 
 
 class _ErrorCarrier(Dataset):
@@ -67,10 +60,19 @@ def _collate_or_error(samples: list[dict[str, Any]] | UserError) -> dict[str, An
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C and SIGTERM go to the whole process group. The trainer answers them with a checkpoint, for which
-    # it still needs its workers; these leave by themselves as soon as it is gone.
+    # Ctrl-C and SIGTERM go to the whole process group. The trainer answers them with a checkpoint, for which it still
+    # needs its workers: they end when it tells them to, and leave by themselves when it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_the_trainer_says_so, daemon=True).start()
+
+
+def _end_when_the_trainer_says_so() -> None:
+    trainer = os.getppid()
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def read_records(settings: TrainingSettings, needs_control: bool) -> tuple[list[ClipRecord], list[ClipRecord]]:
@@ -128,7 +130,6 @@ def build_train_loader(
         collate_fn=_collate_or_error,
         num_workers=workers,
         worker_init_fn=_start_worker if workers else None,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import subprocess
 import sys
 from collections import Counter
@@ -155,8 +156,9 @@ def test_a_program_that_breaks_off_does_not_hang_on_its_workers(data):
         "from common.data.loader import build_train_loader\n"
         f"args = TrainingSettings(**{settings(data, dataloader_num_workers=1).to_dict()!r})\n"
         "batches = iter(build_train_loader(args, False))\nnext(batches)\n"
-        "import multiprocessing, os\n(worker,) = multiprocessing.active_children()\n"
-        "os.kill(worker.pid, signal.SIGTERM)\n"  # as when the whole process group is told to end
+        "import multiprocessing, subprocess\n(worker,) = multiprocessing.active_children()\n"
+        # SIGTERM from another process than the trainer, as when the whole process group is told to end.
+        "subprocess.run(['kill', '-TERM', str(worker.pid)])\n"
         "for _ in range(8): next(batches)\n"  # the trainer still needs batches to end its step
         "print('served')\nraise KeyError('bug')\n"
     )
@@ -190,6 +192,7 @@ def test_bad_clips_are_named_once_counted_and_replaced(data, caplog):
 def test_too_large_a_share_of_unreadable_clips_stops_the_run(data, workers):
     with pytest.raises(UserError) as error:
         batches(settings(data, "bad", dataloader_num_workers=workers), 30)
+    assert not multiprocessing.active_children()
     message = str(error.value)
     assert "\n" not in message and "videos seen cannot be read, more than max_unreadable_share 0.01" in message
     assert "cut.mp4" in message or "gone.mp4" in message
