@@ -9,7 +9,7 @@ OUT_OF_MEMORY_HELP = (
     "gradient_checkpointing, or encode the videos once with common.tools.precompute and set latent_cache_dir"
 )
 
-MENDABLE_OS_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+MENDABLE_OS_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(ValueError):
@@ -40,12 +40,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def run_cli(main: Callable[[], int | None]) -> None:
+def run_cli(main: Callable[[], int | None], memory_help: str = OUT_OF_MEMORY_HELP) -> None:
     """Run `main` as a program and leave Python with its exit code.
 
-    `UserError` is printed to stderr as `error: …` with exit code 2, and so are the two system errors that a
-    user can mend (no permission, no space) and running out of memory, with the settings that help. Anything
-    else is a bug and keeps its traceback.
+    `UserError` is printed to stderr as `error: …` with exit code 2, and so are the system errors that a user can
+    mend (no permission, no space, a file where a directory belongs) and running out of memory, with `memory_help`,
+    which names the settings that help. Anything else is a bug and keeps its traceback.
     """
     try:
         code = main() or 0
@@ -55,7 +55,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = 130
     except Exception as error:
         if is_out_of_memory(error):
-            code = _report(f"{OUT_OF_MEMORY_HELP} ({one_line(error)[:200]})")
+            code = _report(f"{memory_help} ({one_line(error)[:200]})")
         elif isinstance(error, OSError) and error.errno in MENDABLE_OS_ERRORS:
             code = _report(one_line(error))
         else:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from common.config.command_line import refuse_unwritable
 from common.config.errors import SettingError, UserError
 from common.config.fields import PathSetting, check_value, describe
 
@@ -115,9 +116,7 @@ class TrainingSettings:
         self._check_choices()
         self._check_buckets()
         if self.latent_cache_dir and self.windows_per_clip == 0:
-            raise SettingError(
-                "latent_cache_dir", "a cache holds fixed windows; set windows_per_clip to 1 or more"
-            )
+            raise SettingError("latent_cache_dir", "a cache holds fixed windows; set windows_per_clip to 1 or more")
 
     def check_files(self) -> None:
         """Refuse a run whose inputs are not there or whose output cannot be written. `--dry_run` does
@@ -125,16 +124,18 @@ class TrainingSettings:
         for name in ("pretrained_model_name_or_path", "output_dir", "data_root", "index_file"):
             if not getattr(self, name):
                 raise SettingError(name, "is not set; give a path in the config or on the launch line")
-        for name, test in (("data_root", os.path.isdir), ("index_file", os.path.exists)):
-            if not test(getattr(self, name)):
-                raise SettingError(name, f"{getattr(self, name)} does not exist")
-        if self.validation_index_file and not os.path.exists(self.validation_index_file):
-            raise SettingError("validation_index_file", f"{self.validation_index_file} does not exist")
-        existing = Path(self.output_dir)
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise SettingError("output_dir", f"{self.output_dir} cannot be written: {existing} refuses it")
+        base = self.pretrained_model_name_or_path
+        if os.path.isabs(base) and not os.path.isdir(base):  # what is not absolute is a hub id
+            what = "give a pipeline directory or a hub id (org/name)"
+            raise SettingError("pretrained_model_name_or_path", f"{base} is no directory; {what}")
+        if not os.path.isdir(self.data_root):
+            raise SettingError("data_root", f"{self.data_root} is no directory; give the one that holds the videos")
+        for name in ("index_file", "validation_index_file"):
+            if getattr(self, name) and not os.path.exists(getattr(self, name)):
+                raise SettingError(
+                    name, f"{getattr(self, name)} does not exist; data/README.md says what belongs there"
+                )
+        refuse_unwritable(self.output_dir, "output_dir")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, as plain values that JSON can hold."""
@@ -179,9 +180,7 @@ class TrainingSettings:
 
     def _check_choices(self) -> None:
         if self.mixed_precision == "fp16":
-            raise SettingError(
-                "mixed_precision", "'fp16' overflows in the T5 text encoder; use 'bf16' or 'no'"
-            )
+            raise SettingError("mixed_precision", "'fp16' overflows in the T5 text encoder; use 'bf16' or 'no'")
         for name, choices in (
             ("mixed_precision", ("no", "bf16")),
             ("lr_scheduler", LR_SCHEDULERS),
