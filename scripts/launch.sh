@@ -58,11 +58,11 @@ if [[ "$processes" == 1 && -z "${ACCELERATE_CONFIG_FILE:-}" ]]; then
 fi
 
 # A wrong setting is reported here, in one line, and not by every process and its launcher.
-check=("$PYTHON" -m common.tools.train "${arguments[@]}" --dry_run)
+train=("$PYTHON" -m common.tools.train "${arguments[@]}")
 if [[ " $* " == *" --dry_run "* ]]; then
-    WORLD_SIZE="$processes" exec "${check[@]}"
+    WORLD_SIZE="$processes" exec "${train[@]}"
 fi
-WORLD_SIZE="$processes" "${check[@]}" > /dev/null
+WORLD_SIZE="$processes" "${train[@]}" --check
 
 launch=(
     --config_file "${ACCELERATE_CONFIG_FILE:-$root/scripts/accelerate/ddp.yaml}"

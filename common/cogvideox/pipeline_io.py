@@ -17,7 +17,7 @@ import diffusers
 import torch
 import transformers
 
-from common.config.errors import UserError
+from common.config.errors import UserError, one_line
 
 INDEX_NAME = "model_index.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -66,14 +66,17 @@ def read_model_index(path: str | Path, expected: str | None = None) -> dict[str,
         raise UserError(f"{directory} is no pipeline directory: {INDEX_NAME} is missing (has the stage finished?)")
     try:
         index = json.loads((directory / INDEX_NAME).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{directory / INDEX_NAME} is not valid JSON: {error}") from error
-    for name in BASE_COMPONENTS:
-        if not index.get(name) or not (directory / name).is_dir():
-            raise UserError(f"{directory} is incomplete: the component {name!r} is missing")
-    kind = index.get("_class_name")
+    kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind not in PIPELINE_KINDS:
         raise UserError(f"{directory} holds a {kind}, not CogVideoX; known are {', '.join(PIPELINE_KINDS)}")
+    for name in BASE_COMPONENTS:
+        if not index.get(name) or not (directory / name).is_dir():
+            raise UserError(
+                f"{directory} is incomplete: the component {name!r} is missing; copy it there whole, with "
+                f"{', '.join(BASE_COMPONENTS)}"
+            )
     if expected is not None and kind != expected:
         raise UserError(f"{directory} is {PIPELINE_KINDS[kind]}; here belongs {PIPELINE_KINDS[expected]}")
     return index
@@ -81,16 +84,29 @@ def read_model_index(path: str | Path, expected: str | None = None) -> dict[str,
 
 def component_class(directory: Path, name: str, index: dict[str, Any]) -> type:
     """The class that a pipeline directory's index names for a component: diffusers', transformers' or ours."""
+    if name not in index:
+        raise UserError(f"{directory} has no component {name!r}: {INDEX_NAME} names none")
     library, class_name = index[name]
     if library in ("diffusers", "transformers"):
         owner = {"diffusers": diffusers, "transformers": transformers}[library]
-    elif OWN_MODULES.fullmatch(library):
+    elif isinstance(library, str) and OWN_MODULES.fullmatch(library):
         owner = importlib.import_module(library)
     else:
         raise UserError(f"{directory / INDEX_NAME} names an unknown library {library!r} for {name}")
     if not hasattr(owner, class_name):
         raise UserError(f"{directory / INDEX_NAME} names an unknown class {library}.{class_name} for {name}")
     return getattr(owner, class_name)
+
+
+def component_config(directory: Path, name: str, index: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    """Class and config of one of diffusers' components, without its weights."""
+    stored_class = component_class(directory, name, index)
+    try:
+        return stored_class, stored_class.load_config(directory / name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory / name} holds no config of a {stored_class.__name__}: {one_line(error)}"
+        ) from error
 
 
 def load_component(

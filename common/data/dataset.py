@@ -103,12 +103,12 @@ class ClipDataset(Dataset):
             sample = self.try_clip(index, key.bucket, key.draw)
             if sample is not None:
                 return sample | {"slot": key.slot}
-            index = stable_hash("replacement", self.seed, *key[:3], attempt) % len(self.records)
+            refused, index = index, stable_hash("replacement", self.seed, *key[:3], attempt) % len(self.records)
         bucket = self.buckets[key.bucket]
         seconds = (bucket.num_frames - 1) / self.fps
         raise UserError(
             f"frame_buckets: found no clip for {bucket.num_frames} frames at {self.fps:g} fps ({seconds:.2f} s) among "
-            f"{MAX_REPLACEMENTS} tried; last refused: {self.records[index].path}; use a shorter bucket or longer clips"
+            f"{MAX_REPLACEMENTS} tried, the last {self.records[refused].path}; use fewer frames or longer clips"
         )
 
     def try_clip(self, index: int, bucket_index: int, draw: int) -> dict[str, Any] | None:
@@ -146,16 +146,14 @@ class ClipDataset(Dataset):
             return
         self.states[bucket_index, index] = state
         entry = self.records[index].entry
-        logger.warning("skipping index entry %d, another clip takes its place: %s", entry, error)
-        if state != UNREADABLE:
-            return
         num_unreadable, num_seen = self.counts()
         allowed = self.max_unreadable_share * max(num_seen, min(len(self.records), SHARE_COUNTED_FROM))
-        if num_unreadable > allowed:
+        if state == UNREADABLE and num_unreadable > allowed:
             raise UserError(
                 f"{num_unreadable} of {num_seen} videos seen cannot be read, more than max_unreadable_share "
                 f"{self.max_unreadable_share:g} allows; the last is index entry {entry}: {error}"
             )
+        logger.warning("skipping index entry %d, another clip takes its place: %s", entry, error)
 
     def counts(self) -> tuple[int, int]:
         """(clips found unreadable, clips looked at), over all workers of this process."""

@@ -2,7 +2,9 @@
 
 `--config` is a stage's config module, `--name value` sets one of its settings for this run, `--dry_run` prints the
 settings and what follows from them (tokens, windows, steps per epoch, parameter counts) and leaves: no weights are
-loaded and nothing is written. On one device `python -m common.tools.train …` does the same without a launcher.
+loaded and nothing is written. `--check` says only what is wrong, files included: scripts/launch.sh asks so before it
+starts several processes, each of which would say it. On one device `python -m common.tools.train …` does the same
+without a launcher.
 """
 
 import json
@@ -22,11 +24,15 @@ def main() -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     is_main = int(os.environ.get("RANK", "0")) == 0
+    words = sys.argv[1:]
+    check_only = "--check" in words
     try:
-        config_path, dry_run, overrides = parse_launch_line(sys.argv[1:])
+        config_path, dry_run, overrides = parse_launch_line([word for word in words if word != "--check"])
         settings = load_settings(config_path, overrides)
         if not dry_run:
             settings.check_files()
+            objective = settings.build_objective()
+            objective.describe()  # refuses what the base's configs show to be wrong
     except UserError:
         if is_main:
             raise
@@ -35,11 +41,16 @@ def main() -> None:
         if is_main:
             print(json.dumps(describe(settings), indent=2, ensure_ascii=False))
         return
+    if check_only:
+        from common.data.loader import describe_data
+
+        describe_data(settings, objective.needs_control, int(os.environ.get("WORLD_SIZE", "1")))
+        return
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(message)s")
 
     from common.training.trainer import Trainer
 
-    Trainer(settings, settings.build_objective()).train()
+    Trainer(settings, objective).train()
 
 
 def describe(settings: TrainingSettings) -> dict[str, Any]:

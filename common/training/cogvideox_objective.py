@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from common.cogvideox import noise_schedule
 from common.cogvideox.pipeline_io import (
-    component_class,
+    component_config,
     load_component,
     read_model_index,
     resolve_pipeline_directory,
 )
 from common.cogvideox.rotary import rotary_positional_embeddings
+from common.config.errors import SettingError
 from common.config.settings import VAE_TIME_FACTOR
 from common.training.encoding import LatentEncoder
 from common.training.objective import Objective
@@ -104,10 +105,9 @@ class CogVideoXObjective(Objective):
         (transformer_class, config), scale = self.default_transformer, 8
         if base.is_dir():
             index = read_model_index(base, expected=self.base_pipeline)
-            transformer_class = component_class(base, "transformer", index)
-            config = transformer_class.load_config(base / "transformer")
-            vae_config = AutoencoderKLCogVideoX.load_config(base / "vae")
-            scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
+            transformer_class, config = component_config(base, "transformer", index)
+            scale = 2 ** (len(component_config(base, "vae", index)[1]["block_out_channels"]) - 1)
+            self.check_base(base, index, config)
         with torch.device("meta"):
             module = self.make_module(transformer_class.from_config(config).requires_grad_(False))
         patch = module.config.patch_size * scale
@@ -124,6 +124,14 @@ class CogVideoXObjective(Objective):
             "parameters": sum(p.numel() for p in module.parameters()),
             "trained parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
+
+    def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
+        """UserError when the base's index or its transformer's config rules these settings out."""
+        length, wanted = self.settings.max_sequence_length, config.get("max_text_seq_length", 226)
+        if length != wanted and not config.get("use_rotary_positional_embeddings"):
+            raise SettingError(
+                "max_sequence_length", f"is {length}; the transformer of {base} takes {wanted}, no other"
+            )
 
     def velocity_error(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Squared error of v, mean per frame: [B,F]. In float32: bf16 loses what small timesteps teach.

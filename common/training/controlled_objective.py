@@ -5,6 +5,7 @@ H W latent height/width · N raw frames.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,28 @@ from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
-from common.data.control_signals import CONTROL_TOKENS
+from common.data.control_signals import CONTROL_TOKENS, parse_control_string
 from common.training.cogvideox_objective import CogVideoXObjective
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
+
+TRAIN_TIMESTEPS = 1000  # of CogVideoX's schedulers
+
+
+def check_validation_control(settings: TrainingSettings, num_raw_frames: int = 1) -> None:
+    """SettingError unless `validation_control` is empty or a control string of at least `num_raw_frames` frames."""
+    if not settings.validation_control:
+        return
+    try:
+        control = parse_control_string(settings.validation_control)
+    except UserError as error:
+        raise SettingError("validation_control", str(error)) from error
+    if len(control) < num_raw_frames:
+        raise SettingError(
+            "validation_control",
+            f"{settings.validation_control!r} covers {len(control)} raw frames, the sample videos have "
+            f"{num_raw_frames} (frame_buckets' first); hold a signal longer",
+        )
 
 
 @dataclass
@@ -35,8 +54,12 @@ class StreamingSettings(TrainingSettings):
 
     def validate(self) -> None:
         super().validate()
-        if self.num_noise_groups < 1:
-            raise SettingError("num_noise_groups", f"must be 1 or more, got {self.num_noise_groups}")
+        if self.num_noise_groups < 1 or TRAIN_TIMESTEPS % self.num_noise_groups:
+            raise SettingError(
+                "num_noise_groups",
+                f"{self.num_noise_groups} does not divide the {TRAIN_TIMESTEPS} timesteps; use 1, 2, 4, 5, 8 or 10",
+            )
+        check_validation_control(self)
         for name in ("uniform_timestep_share", "control_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(name, f"must lie between 0 and 1, got {getattr(self, name)}")
@@ -78,6 +101,11 @@ class ControlledObjective(CogVideoXObjective):
                 f"{self.base_dir} obeys {', '.join(self.vocabulary.names)}; the data's signals are "
                 f"{', '.join(CONTROL_TOKENS)}"
             )
+
+    def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
+        super().check_base(base, index, config)
+        if self.base_pipeline != "CogVideoXPipeline" and not (base / "control_vocabulary").is_dir():
+            raise UserError(f"{base} is incomplete: the component 'control_vocabulary' is missing; stage 2 writes it")
 
     def load_vocabulary(self) -> ControlVocabulary:
         return load_component(self.base_dir, "control_vocabulary")

@@ -10,9 +10,10 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.config.errors import UserError, is_out_of_memory
 from common.data.loader import build_train_loader, build_validation_batch
-from common.training.checkpoints import find_checkpoint
+from common.training.checkpoints import find_checkpoint, read_state
 from common.training.encoding import EncodedBatch
 from common.training.export import is_finished
 from common.training.interruption import StopRequest
@@ -70,7 +71,6 @@ class Trainer:
         if is_finished(self.output_dir, self.settings):
             logger.info("%s is finished (%d steps); nothing to do", self.output_dir, self.settings.max_train_steps)
             return
-        check_writable(self.output_dir)
         control = validation_control(self.settings, self.objective.needs_control)
         checkpoint = find_checkpoint(self.settings)
         try:
@@ -108,24 +108,30 @@ class Trainer:
                 InitProcessGroupKwargs(timeout=timedelta(hours=2)),
             ],
         )
+        # Data first: what is wrong with them is said before anything is loaded or written.
+        step = 0 if checkpoint is None else read_state(checkpoint)["step"]
+        self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
+        check_writable(self.output_dir)
         self.state = TrainingState(settings, self.objective, accelerator, checkpoint)
         self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)
         self.clock = StepClock()
         self.peak_flops = peak_flops(accelerator.device, accelerator.mixed_precision)
         self.flops_by_shape: dict[tuple[int, ...], float | None] = {}
+        self.validator = Validator(settings, self.objective, accelerator, self.log, held_out, control)
 
+    def read_data(self, start_micro_step: int) -> tuple[Iterator[dict[str, Any]], dict[str, Any] | None]:
+        """Training batches, of which the first is read now, and the held-out batch."""
+        settings, needs_control = self.settings, self.objective.needs_control
         loader = self.build_loader(
             settings,
-            needs_control=self.objective.needs_control,
-            world_size=accelerator.num_processes,
-            rank=accelerator.process_index,
-            start_step=self.state.step * settings.gradient_accumulation_steps,
+            needs_control=needs_control,
+            world_size=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            start_step=start_micro_step,
         )
-        held_out = None
-        if settings.validation_steps:
-            held_out = self.build_held_out(settings, needs_control=self.objective.needs_control)
-        self.batches = iter(loader)
-        self.validator = Validator(settings, self.objective, accelerator, self.log, held_out, control)
+        held_out = self.build_held_out(settings, needs_control=needs_control) if settings.validation_steps else None
+        batches = iter(loader)
+        return chain([next(batches)], batches), held_out
 
     def loop(self, stop: StopRequest) -> bool:
         """Steps, and once in a while a log line, a checkpoint, a validation. False if asked to stop before the end."""

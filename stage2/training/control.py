@@ -22,7 +22,7 @@ from common.config.fields import PathSetting
 from common.config.settings import TrainingSettings
 from common.data.control_signals import CONTROL_TOKENS
 from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
-from common.training.controlled_objective import ControlledObjective
+from common.training.controlled_objective import ControlledObjective, check_validation_control
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 
@@ -57,6 +57,7 @@ class ControlSettings(TrainingSettings):
 
     def validate(self) -> None:
         super().validate()
+        check_validation_control(self, self.frame_buckets[0] if self.validation_prompts else 1)
         if not 0 <= self.control_dropout <= 1:
             raise SettingError("control_dropout", f"must lie between 0 and 1, got {self.control_dropout}")
         if not 0 <= self.control_start_layer < self.control_end_layer:
@@ -80,6 +81,11 @@ class ControlObjective(ControlledObjective):
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         settings = self.settings
+        if not settings.control_text_encoder and settings.control_dim < len(CONTROL_TOKENS):
+            raise SettingError(
+                "control_dim",
+                f"is {settings.control_dim}; {len(CONTROL_TOKENS)} orthogonal signals need as many or more",
+            )
         try:
             module = CogVideoXControlTransformer3DModel.from_transformer(
                 transformer,

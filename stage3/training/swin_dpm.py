@@ -34,6 +34,13 @@ class SwinDPMSettings(StreamingSettings):
         super().validate()
         if not -1 <= self.condition_timestep < 1000:
             raise SettingError("condition_timestep", f"must be -1 (clean) or a timestep, got {self.condition_timestep}")
+        groups, steps = self.num_noise_groups, self.validation_num_inference_steps
+        if self.validation_prompts and steps % groups:
+            right = f"{steps // groups * groups or groups} or {steps // groups * groups + groups}"
+            raise SettingError(
+                "validation_num_inference_steps",
+                f"{steps} steps do not divide among {groups} noise groups; use {right}",
+            )
         if self.window_frames:
             self.check_window("window_frames", self.window_frames)
             if self.window_frames > min(self.frame_buckets):

@@ -27,7 +27,7 @@ from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError
-from common.training.controlled_objective import StreamingObjective, StreamingSettings
+from common.training.controlled_objective import TRAIN_TIMESTEPS, StreamingObjective, StreamingSettings
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
@@ -58,6 +58,12 @@ class SCMSettings(StreamingSettings):
                 "num_solver_steps",
                 f"{self.num_solver_steps} is not a multiple of the {phases} phases "
                 f"(num_noise_groups × phases_per_group); use {below} or {below + phases}",
+            )
+        if TRAIN_TIMESTEPS % phases or TRAIN_TIMESTEPS % self.num_solver_steps:
+            raise SettingError(
+                "num_solver_steps",
+                f"{self.num_solver_steps} solver steps and {phases} phases (num_noise_groups × phases_per_group) must "
+                f"both divide the {TRAIN_TIMESTEPS} timesteps, as 40 and 4 do",
             )
         if not 0 <= self.ema_decay < 1:
             raise SettingError("ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}")
