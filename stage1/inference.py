@@ -9,25 +9,34 @@ from diffusers import CogVideoXPipeline
 from common.cogvideox.pipeline_io import load_components, read_model_index
 from common.config.errors import run_cli
 from common.tools.fuse_lora_weights import add_lora, find_lora_file
-from common.tools.inference import clip_length, device_and_dtype, generator_for, make_parser, save, to_frames
+from common.tools.inference import (
+    OUT_OF_MEMORY_HELP,
+    add_clip_options,
+    device_and_dtype,
+    generator_for,
+    make_parser,
+    parse_arguments,
+    save,
+    to_frames,
+)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--lora_path", help="stage 1's output_dir, or a LoRA file")
-    parser.add_argument("--num_frames", type=int, help="raw frames, 4n+1; by default the model's")
-    args = parser.parse_args()
+    add_clip_options(parser, default="the model's")
+    args = parse_arguments(parser)
     read_model_index(args.model_path, expected="CogVideoXPipeline")
+    lora_file = find_lora_file(args.lora_path) if args.lora_path else None
     device, dtype = device_and_dtype(args)
     pipeline = CogVideoXPipeline(**load_components(args.model_path, dtype))
-    if args.lora_path:
-        add_lora(pipeline.transformer, find_lora_file(args.lora_path))
+    if lora_file is not None:
+        add_lora(pipeline.transformer, lora_file)
     pipeline.to(device)
-    num_frames = clip_length(args, None, pipeline.transformer.config.sample_frames)
     video = pipeline(
         args.prompt,
         negative_prompt=args.negative_prompt,
-        num_frames=num_frames,
+        num_frames=args.num_frames,
         height=args.height,
         width=args.width,
         num_inference_steps=args.num_inference_steps or 50,
@@ -40,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, OUT_OF_MEMORY_HELP)

@@ -6,11 +6,14 @@ python stage2/inference.py --model_path outputs/stage2 --prompt "…" --control 
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
 from common.config.errors import run_cli
 from common.tools.inference import (
+    OUT_OF_MEMORY_HELP,
+    add_clip_options,
     add_control_options,
     clip_length,
     generator_for,
     load_pipeline,
     make_parser,
+    parse_arguments,
     read_control,
     save,
     to_frames,
@@ -20,15 +23,16 @@ from common.tools.inference import (
 def main() -> None:
     parser = make_parser(__doc__)
     add_control_options(parser)
-    parser.add_argument("--num_frames", type=int, help="raw frames, 4n+1; by default as many as are controlled")
-    args = parser.parse_args()
+    add_clip_options(parser, default="as many as are controlled")
+    args = parse_arguments(parser)
     control = read_control(args)
+    num_frames = clip_length(args, control)
     pipeline = load_pipeline(CogVideoXControlPipeline, args)
     video = pipeline(
         args.prompt,
         negative_prompt=args.negative_prompt,
         control_signal=control,
-        num_frames=clip_length(args, control, pipeline.transformer.config.sample_frames),
+        num_frames=num_frames,
         height=args.height,
         width=args.width,
         num_inference_steps=args.num_inference_steps or 50,
@@ -41,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, OUT_OF_MEMORY_HELP)

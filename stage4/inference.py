@@ -5,7 +5,7 @@ python stage4/inference.py --model_path outputs/stage4 --prompt "…" --init_vid
 """
 
 from common.config.errors import run_cli
-from common.tools.inference import stream
+from common.tools.inference import OUT_OF_MEMORY_HELP, stream
 
 if __name__ == "__main__":
-    run_cli(lambda: stream(__doc__))
+    run_cli(lambda: stream(__doc__), OUT_OF_MEMORY_HELP)

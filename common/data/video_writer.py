@@ -36,7 +36,8 @@ class VideoWriter:
             raise UserError(f"{self.path}: a video's name has to end in .mp4")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
+            self._is_new = not self.path.exists()
+            self.path.open("ab").close()
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
         # One thread, and no dates or versions inside: the same frames give the same bytes.
@@ -59,11 +60,11 @@ class VideoWriter:
             self.num_frames += 1
 
     def close(self) -> None:
-        """Finishes the file; without a frame there is none."""
+        """Finishes the file; without a frame there is none, or still the one that was there."""
         if self._sink is not None:
             self._sink.close()
             self._sink = None
-        elif self.num_frames == 0:
+        elif self.num_frames == 0 and self._is_new:
             self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> "VideoWriter":

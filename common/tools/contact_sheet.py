@@ -5,13 +5,13 @@
 The signals are read from the JSON beside a video, which the stages' inference.py writes.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.data.video import Video
 
@@ -66,11 +66,11 @@ def read_signals(video: Path) -> list[str] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("rows", nargs="+", metavar="LABEL=VIDEO", help="one row each, from top to bottom")
     parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--columns", type=int, default=10, help="frames per row")
-    parser.add_argument("--frame_height", type=int, default=96, help="pixels")
+    parser.add_argument("--columns", type=whole_number(1), default=10, help="frames per row")
+    parser.add_argument("--frame_height", type=whole_number(16), default=96, help="pixels")
     args = parser.parse_args()
     rows = []
     for row in args.rows:
@@ -78,8 +78,12 @@ def main() -> None:
         if not equals:
             raise UserError(f"{row!r}: write LABEL=VIDEO")
         rows.append((label, Path(path)))
+    if args.output.suffix != ".png" or args.output.is_dir():
+        raise UserError(f"--output {args.output}: give a file whose name ends in .png")
+    refuse_unwritable(args.output.parent, "--output")
+    sheet = make_contact_sheet(rows, args.columns, args.frame_height)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    make_contact_sheet(rows, args.columns, args.frame_height).save(args.output)
+    sheet.save(args.output)
     print(f"contact sheet: {args.output}")
 
 

@@ -6,7 +6,6 @@
 The result holds no trace of the LoRA: plain diffusers loads it, and it is stage 2's base.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from common.cogvideox.pipeline_io import LORA_NAME, load_component, read_model_index, write_pipeline
+from common.config.command_line import ArgumentParser, refuse_unwritable
 from common.config.errors import UserError, run_cli
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,6 +41,7 @@ def fuse_lora_weights(
     if Path(output_dir).resolve() == Path(pretrained_model_path).resolve():
         raise UserError(f"--output_dir {output_dir} is the base itself; give another directory")
     lora_file = find_lora_file(lora_path)
+    refuse_unwritable(output_dir, "--output_dir")
     dtype = dtype or stored_dtype(Path(pretrained_model_path) / "transformer")
     transformer = load_component(pretrained_model_path, "transformer")
     add_lora(transformer, lora_file)
@@ -80,6 +81,8 @@ def check_lora_fits(state: dict[str, torch.Tensor], transformer: nn.Module, lora
         name, factor = key.removeprefix("transformer.").rsplit(".", 2)[:2]
         if name not in modules:
             raise UserError(f"{lora_file} belongs to another model: the base has no layer {name}")
+        if not isinstance(modules[name], nn.Linear):
+            raise UserError(f"{lora_file} belongs to another model: in the base {name} is no linear layer")
         rows, columns = modules[name].weight.shape
         size, wanted = (state[key].shape[1], columns) if factor == "lora_A" else (state[key].shape[0], rows)
         if size != wanted:
@@ -96,7 +99,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--pretrained_model_path", required=True, help="the base that the LoRA was trained on")
     parser.add_argument("--lora_path", required=True, help="stage 1's output_dir, or a LoRA file")
     parser.add_argument("--output_dir", required=True, help="where the fused pipeline goes")

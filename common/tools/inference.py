@@ -17,30 +17,52 @@ import torch
 from tqdm import tqdm
 
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.pipeline_io import (
+    component_config,
+    load_component,
+    read_model_index,
+    resolve_pipeline_directory,
+)
+from common.cogvideox.window import make_window_plan
+from common.cogvideox.window_scheduler import SwinSchedulerMixin
+from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError
+from common.config.settings import SIZE_MULTIPLE, VAE_TIME_FACTOR
 from common.data.control_signals import parse_control_string, read_control_file
 from common.data.video import read_clip
 from common.data.video_writer import VideoWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUT_OF_MEMORY_HELP = (
+    "out of memory: lower --height and --width or the number of frames, take --dtype bfloat16, or --guidance_scale 1 "
+    "and --control_guidance_scale 1, with which a step is one forward"
+)
+PIXELS = whole_number(SIZE_MULTIPLE, step=SIZE_MULTIPLE)
+COUNT = whole_number(1)
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str | None) -> ArgumentParser:
     """Options that every stage's inference has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description)
     parser.add_argument("--model_path", required=True, help="pipeline directory (or hub id)")
     parser.add_argument("--prompt", required=True, help="what the video shows")
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 file to write")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 16; by default the model's")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 16; by default the model's")
-    parser.add_argument("--fps", type=int, default=16, help="frames per second of the file")
-    parser.add_argument("--num_inference_steps", type=int, help="denoising steps; the default suits the stage")
+    parser.add_argument("--height", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
+    parser.add_argument("--width", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
+    parser.add_argument("--fps", type=COUNT, default=16, help="frames per second of the file")
+    parser.add_argument("--num_inference_steps", type=COUNT, help="denoising steps; the default suits the stage")
     parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; 1 for none")
     parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same video")
     parser.add_argument("--device", help="cuda, cuda:1, cpu …; by default a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="by default bfloat16 on a GPU, float32 on the CPU")
     return parser
+
+
+def add_clip_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Options of the stages that make one clip."""
+    frames = whole_number(1, step=VAE_TIME_FACTOR)
+    parser.add_argument("--num_frames", type=frames, help=f"raw frames, 4n+1; by default {default}")
 
 
 def add_control_options(parser: argparse.ArgumentParser) -> None:
@@ -54,17 +76,26 @@ def add_control_options(parser: argparse.ArgumentParser) -> None:
 def add_stream_options(parser: argparse.ArgumentParser) -> None:
     """Options of the stages that stream."""
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, help="length; by default that of the control string")
-    length.add_argument("--groups", type=int, help="length in window shifts")
+    length.add_argument("--seconds", type=positive_number, help="length; by default that of the control string")
+    length.add_argument("--groups", type=COUNT, help="length in window shifts")
     parser.add_argument("--init_video", type=Path, help="begin at the end of this video instead of from text alone")
-    parser.add_argument("--frames_per_group", type=int, help="latent frames per shift; by default as trained")
+    parser.add_argument("--frames_per_group", type=COUNT, help="latent frames per shift; by default as trained")
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The launch line's arguments; a video that could not be written is refused now, and not when it is made."""
+    args = parser.parse_args()
+    if args.output.suffix != ".mp4" or args.output.is_dir():
+        raise UserError(f"--output {args.output}: give a file whose name ends in .mp4")
+    refuse_unwritable(args.output.parent, "--output")
+    return args
 
 
 def read_control(args: argparse.Namespace) -> list[str] | None:
     """One token per raw frame, None when no control was given."""
     if args.control_file:
         return read_control_file(args.control_file)
-    return parse_control_string(args.control, where="--control") if args.control else None
+    return parse_control_string(args.control, where="--control") if args.control is not None else None
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -77,22 +108,30 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
     return device, DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
 
 
-def load_pipeline(pipeline_class: type, args: argparse.Namespace) -> Any:
+def load_pipeline(pipeline_class: type, args: argparse.Namespace, **components: Any) -> Any:
     """The pipeline of --model_path on its device, quiet enough for a terminal."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    read_model_index(args.model_path, expected=pipeline_class.__name__)
     device, dtype = device_and_dtype(args)
-    return pipeline_class.from_pretrained(args.model_path, torch_dtype=dtype).to(device)
+    return pipeline_class.from_pretrained(args.model_path, torch_dtype=dtype, **components).to(device)
 
 
 def generator_for(pipeline: Any, seed: int) -> torch.Generator:
     return torch.Generator(pipeline.device).manual_seed(seed)
 
 
-def clip_length(args: argparse.Namespace, control: list[str] | None, default: int) -> int:
-    """Raw frames of a clip: --num_frames, else as many as the control string covers, else the model's."""
-    if args.num_frames:
+def clip_length(args: argparse.Namespace, control: list[str] | None) -> int | None:
+    """Raw frames of a clip: --num_frames, else as many as the control string covers; None for the model's own."""
+    if control is None:
         return args.num_frames
-    return default if control is None else max((len(control) - 1) // 4, 1) * 4 + 1
+    groups = max((len(control) - 1) // VAE_TIME_FACTOR, 1)
+    num_frames = args.num_frames or groups * VAE_TIME_FACTOR + 1
+    if len(control) < num_frames:
+        raise UserError(
+            f"the control string covers {len(control)} raw frames, the clip has {num_frames}; hold a signal longer, as "
+            f"in {control[-1]}*{num_frames}"
+        )
+    return num_frames
 
 
 def save(args: argparse.Namespace, chunks: Iterator[np.ndarray], control: list[str] | None, total: int | None) -> None:
@@ -120,33 +159,44 @@ def to_frames(video: np.ndarray) -> np.ndarray:
     return (video * 255).round().astype(np.uint8)
 
 
-def read_init_video(path: Path, pipeline: CogVideoXStreamingPipeline, args: argparse.Namespace) -> torch.Tensor:
-    """The end of a video at the model's rate and size, as many frames as a window has: uint8 [N,3,h,w]."""
-    num_frames = 4 * (pipeline.scheduler.num_window_frames - 1) + 1
-    config, scale = pipeline.transformer.config, pipeline.vae_scale_factor_spatial
-    height, width = args.height or config.sample_height * scale, args.width or config.sample_width * scale
-    return read_clip(path, num_frames, height, width, args.fps, from_end=True)
+def read_init_video(args: argparse.Namespace, scheduler: SwinSchedulerMixin) -> torch.Tensor:
+    """The end of --init_video at the stream's rate and size, as many frames as a window has: uint8 [N,3,h,w]."""
+    directory = resolve_pipeline_directory(args.model_path)
+    index = read_model_index(directory)
+    config = component_config(directory, "transformer", index)[1]
+    scale = 2 ** (len(component_config(directory, "vae", index)[1]["block_out_channels"]) - 1)
+    height, width = args.height or config["sample_height"] * scale, args.width or config["sample_width"] * scale
+    num_frames = VAE_TIME_FACTOR * (scheduler.num_window_frames - 1) + 1
+    return read_clip(args.init_video, num_frames, height, width, args.fps, from_end=True)
 
 
-def stream(description: str) -> None:
-    """`inference.py` of stages 3 and 4: streams a video to a file."""
+def load_scheduler(args: argparse.Namespace) -> SwinSchedulerMixin:
+    """The model's scheduler with --frames_per_group; --num_inference_steps that does not fit it is a `UserError`."""
+    read_model_index(args.model_path, expected="CogVideoXStreamingPipeline")
+    scheduler = load_component(args.model_path, "scheduler")
+    if args.frames_per_group:
+        scheduler = type(scheduler).from_config(scheduler.config, frames_per_group=args.frames_per_group)
+    if args.num_inference_steps:
+        make_window_plan(scheduler, args.num_inference_steps, torch.device("cpu"))
+    return scheduler
+
+
+def stream(description: str | None) -> None:
+    """`inference.py` of stages 3 and 4: streams a video to a file. What can be checked is, before weights are read."""
     parser = make_parser(description)
     add_control_options(parser)
     add_stream_options(parser)
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     control = read_control(args)
-    pipeline = load_pipeline(CogVideoXStreamingPipeline, args)
-    if args.frames_per_group:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, frames_per_group=args.frames_per_group
-        )
-    init_video = read_init_video(args.init_video, pipeline, args) if args.init_video else None
-    total = round(args.seconds * args.fps) if args.seconds else None
+    total = max(round(args.seconds * args.fps), 1) if args.seconds else None
     if total is None and args.groups is None:
         if control is None:
             raise UserError("how long? give --seconds or --groups, or a control string that says it")
         total = len(control)
-    is_distilled = hasattr(pipeline.scheduler, "num_phases")
+    scheduler = load_scheduler(args)
+    init_video = read_init_video(args, scheduler) if args.init_video else None
+    pipeline = load_pipeline(CogVideoXStreamingPipeline, args, scheduler=scheduler)
+    is_distilled = hasattr(scheduler, "num_phases")
     default_guidance = 1.0 if is_distilled else 6.0
     chunks = pipeline.stream(
         args.prompt,

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.cogvideox.pipeline_io import load_component, resolve_pipeline_directory
+from common.config.command_line import refuse_unwritable
 from common.config.errors import SettingError, UserError, run_cli
 from common.config.loader import load_settings, parse_launch_line
 from common.config.settings import TrainingSettings
@@ -32,6 +33,8 @@ from common.data.latent_cache import LatentCacheWriter, clear_cache
 from common.data.loader import read_records
 from common.data.video import ClipError
 from common.training.encoding import encode_moments, encode_prompts
+
+OUT_OF_MEMORY_HELP = "out of memory: lower frame_buckets, height_buckets/width_buckets or dataloader_num_workers"
 
 
 class Task(NamedTuple):
@@ -140,6 +143,7 @@ def precompute(settings: TrainingSettings, renew: bool = False) -> dict[str, int
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts, captions = extents(settings)
     fingerprint = cache_fingerprint(settings)
+    refuse_unwritable(settings.latent_cache_dir, "latent_cache_dir")
     if renew:
         if world_size > 1:
             raise UserError("--renew deletes what other processes may be writing; use it with one process")
@@ -180,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, OUT_OF_MEMORY_HELP)
