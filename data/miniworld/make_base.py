@@ -32,12 +32,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
+from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.data.index import ClipRecord, read_index
 from common.data.video import Video
 from data.miniworld import base_text, base_transformer, base_vae
 from data.miniworld.base_training import Budget, fit, save_beside
 from data.miniworld.muon import MuonAdam
+
+OUT_OF_MEMORY_HELP = (
+    "out of memory: lower --vae_batch_size, --vae_image_batch_size, --transformer_batch_size, --max_clips"
+)
 
 # These do not change what is trained.
 IGNORED_ON_RESUME = ("device", "compile", "output_dir", "data_root", "index_file")
@@ -224,29 +229,32 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: has to be at least 1")
     if len(args.vae_channels) != 4 or any(channels < 8 or channels % 8 for channels in args.vae_channels):
         raise UserError(f"--vae_channels {args.vae_channels}: give four multiples of 8, one a resolution")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: there is no CUDA device; use --device cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from error
+    refuse_unwritable(args.output_dir, "--output_dir")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data_root", type=Path, required=True, help="folder that the index's paths start from")
     add("--index_file", type=Path, default=None, help="index of the clips; default: index.json in data_root")
     add("--output_dir", type=Path, required=True, help="the pipeline directory to make")
-    add("--max_clips", type=int, default=0, help="use only the first clips of the index; 0: all")
+    add("--max_clips", type=whole_number(0), default=0, help="use only the first clips of the index; 0: all")
     add("--num_heldout", type=int, default=4, help="clips at the end of the index kept for measuring the VAE")
     add("--num_frames", type=int, default=33, help="raw frames of the transformer's windows, 4n+1")
     add("--height", type=int, default=64, help="pixels, a multiple of 16; clips are resized and cropped to it")
     add("--width", type=int, default=96, help="pixels, a multiple of 16")
-    add("--vae_minutes", type=float, default=3.5, help="minutes of VAE training")
-    add("--vae_steps", type=int, default=0, help="VAE steps; when given, --vae_minutes does not count")
+    add("--vae_minutes", type=positive_number, default=3.5, help="minutes of VAE training")
+    add("--vae_steps", type=whole_number(0), default=0, help="VAE steps; when given, --vae_minutes does not count")
     add("--vae_image_share", type=float, default=0.6, help="share of VAE training on single frames, at its start")
     add("--vae_channels", type=int, nargs="+", default=list(base_vae.BLOCK_CHANNELS), help="width of each resolution")
     add("--vae_batch_size", type=int, default=2, help="9-frame clips a step")
     add("--vae_image_batch_size", type=int, default=2, help="single frames a step")
     add("--vae_learning_rate", type=float, default=2e-3, help="peak")
-    add("--transformer_steps", type=int, default=150)
+    add("--transformer_steps", type=whole_number(1), default=150)
     add("--transformer_batch_size", type=int, default=4)
     add("--transformer_windows", type=int, default=120, help="windows encoded once for the transformer")
     add("--transformer_learning_rate", type=float, default=1e-3, help="peak")
@@ -255,7 +263,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, for GPUs")
     add("--compile", action="store_true", help="torch.compile; pays off from thousands of steps")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole_number(0), default=0)
     return parser.parse_args(argv)
 
 
@@ -266,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, OUT_OF_MEMORY_HELP)

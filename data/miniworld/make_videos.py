@@ -28,6 +28,7 @@ import imageio_ffmpeg
 import numpy as np
 from tqdm import tqdm
 
+from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from data.miniworld.looks import random_look
 from data.miniworld.render import render
@@ -78,7 +79,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     writer = imageio_ffmpeg.write_frames(
         str(partial), (width, height), fps=fps, codec="libx264", pix_fmt_in="rgb24", pix_fmt_out="yuv420p",
         quality=None, macro_block_size=16, output_params=options,
-    )
+    )  # fmt: skip
     writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))
@@ -95,7 +96,7 @@ def make_clip(job: ClipJob) -> None:
     np.savez(
         partial, stamp=job.stamp(), speed=trajectory.speed.astype(np.float32), signals=trajectory.signals,
         yaw_rate=trajectory.yaw_rate.astype(np.float32),
-    )
+    )  # fmt: skip
     os.replace(partial, job.truth)
 
 
@@ -110,11 +111,9 @@ def make_jobs(args: argparse.Namespace) -> list[ClipJob]:
         raise UserError(f"--index_name {args.index_name}: give a file name that ends in .json, without a folder")
     suffix = "" if index.stem == "index" else f"_{index.stem}"
     videos, truth = args.output_dir / f"videos{suffix}", args.output_dir / f"truth{suffix}"
-    try:
-        videos.mkdir(parents=True, exist_ok=True)
-        truth.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
+    refuse_unwritable(args.output_dir, "--output_dir")
+    for folder in (videos, truth):
+        folder.mkdir(parents=True, exist_ok=True)
     return [
         ClipJob(i, args.seed, args.num_frames, args.height, args.width, videos / f"{i:05d}.mp4", truth / f"{i:05d}.npz")
         for i in range(args.num_clips)
@@ -154,15 +153,16 @@ def make_videos(args: argparse.Namespace) -> Path:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for index, videos and truth")
     parser.add_argument("--num_clips", type=int, default=200)
     parser.add_argument("--num_frames", type=int, default=97, help=f"frames per clip, at {FPS} a second")
     parser.add_argument("--height", type=int, default=64, help="pixels, a multiple of 16")
     parser.add_argument("--width", type=int, default=96, help="pixels, a multiple of 16")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other clips")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="another seed gives other clips")
     parser.add_argument("--index_name", default="index.json", help="another name makes a further set of clips")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes; 0 draws in this one")
+    workers = os.cpu_count() or 1
+    parser.add_argument("--num_workers", type=whole_number(0), default=workers, help="processes; 0 draws in this one")
     return parser.parse_args(argv)
 
 
