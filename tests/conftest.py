@@ -2,12 +2,21 @@
 
 import io
 import os
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model hub must fail at once
 
 import pytest
 import sentencepiece
 import torch
+
+from common.config.errors import run_cli
+
+ROOT = Path(__file__).parents[1]
 
 TINY_CAPTIONS = [
     "A red car drives along a sandy desert road under a clear sky with distant mesas on the horizon.",
@@ -76,3 +85,38 @@ def tiny_base(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("tiny_base")
     CogVideoXPipeline(**make_tiny_components()).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> Path:
+    """Data root of four clips of 33 frames, 32×64 pixels, with labels and index.json. Read only."""
+    path = tmp_path_factory.mktemp("tiny_world")
+    from data.miniworld import make_videos
+
+    words = "--num_clips 4 --num_frames 33 --height 32 --width 64 --num_workers 0 --output_dir"
+    make_videos.make_videos(make_videos.parse_arguments([*words.split(), str(path)]))
+    return path
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a program (its main, or its path from the root) with bad input and returns the line that it ends with.
+
+    It has to end with exit code 2, and to say nothing else but which clips it skipped and how far it had come.
+    """
+
+    def run(program: Callable[[], None] | str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            if isinstance(program, str):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                run_cli(program)
+        shown = capsys.readouterr()
+        quiet = re.compile(r".*(it/s|clip/s|\?it)\]|skipping index entry|$")
+        lines = [line for line in shown.err.splitlines() if not quiet.match(line)]
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), shown.err
+        return lines[0]
+
+    return run
