@@ -15,6 +15,7 @@ import sentencepiece
 import torch
 
 from common.config.errors import run_cli
+from common.data.control_signals import CONTROL_TOKENS
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,6 +86,27 @@ def tiny_base(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("tiny_base")
     CogVideoXPipeline(**make_tiny_components()).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory, tiny_base) -> Path:
+    """Holds stage2, stage3 and stage4: untrained models as those stages write them. Read only."""
+    from common.cogvideox.control_adapter import ControlVocabulary
+    from common.cogvideox.pipeline_io import load_component, write_pipeline
+    from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, CogVideoXSwinLCMScheduler
+    from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
+
+    root = tmp_path_factory.mktemp("tiny_models")
+    transformer = CogVideoXControlTransformer3DModel.from_transformer(
+        load_component(tiny_base, "transformer"), control_dim=12, control_start_layer=1, control_end_layer=2
+    )
+    parts = {"transformer": transformer, "control_vocabulary": ControlVocabulary.orthogonal(list(CONTROL_TOKENS), 12)}
+    write_pipeline(root / "stage2", tiny_base, "CogVideoXControlPipeline", parts)
+    config = load_component(tiny_base, "scheduler").config
+    for name, scheduler in (("stage3", CogVideoXSwinDPMScheduler), ("stage4", CogVideoXSwinLCMScheduler)):
+        parts["scheduler"] = scheduler.from_config(config)
+        write_pipeline(root / name, tiny_base, "CogVideoXStreamingPipeline", parts)
+    return root
 
 
 @pytest.fixture(scope="session")

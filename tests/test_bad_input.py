@@ -158,6 +158,26 @@ def test_a_base_directory_without_a_component(launch, nothing_loaded, tiny_base,
     assert "fuse it first with stage1/fuse_lora_weights.py" in launch("--pretrained_model_name_or_path", base, stage=2)
 
 
+@pytest.mark.parametrize(
+    ("stage", "given", "message"),
+    [
+        (2, "stage2", "is a controlled pipeline (stage 2); here belongs a text-to-video pipeline"),
+        (3, "stage3", "is a streaming pipeline (stage 3 or 4); here belongs a controlled pipeline"),
+        (4, "stage2", "is a controlled pipeline (stage 2); here belongs a streaming pipeline"),
+        (4, "stage4", "is distilled already (its scheduler is a CogVideoXSwinLCMScheduler); here belongs stage 3's"),
+    ],
+)
+def test_a_directory_that_the_stage_before_did_not_make(launch, nothing_loaded, tiny_models, stage, given, message):
+    assert message in launch("--pretrained_model_name_or_path", tiny_models / given, stage=stage)
+
+
+def test_a_controlled_model_without_its_vocabulary(launch, nothing_loaded, tiny_models, tmp_path):
+    shutil.copytree(tiny_models / "stage2", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "control_vocabulary")
+    line = launch("--pretrained_model_name_or_path", tmp_path / "base", stage=3)
+    assert "the component 'control_vocabulary' is missing; stage 2 writes it" in line
+
+
 def train_words(tiny_base: str, tiny_world: Path, output_dir: Path) -> list:
     config = ROOT / "stage1" / "training" / "miniworld_config.py"
     words = ["--config", config, *TINY.split(), "--validation_steps", 0, "--validation_index_file="]
@@ -194,6 +214,10 @@ def test_resuming_with_other_settings(refused, stage1, tiny_base, tiny_world, tm
     elsewhere = ["--output_dir", tmp_path / "out", "--resume_from_checkpoint", stage1 / "checkpoint-1", "--rank", 8]
     assert "rank was 4, is 8" in refused(train.main, *words, *elsewhere)
     assert not contents(tmp_path)
+    shutil.copytree(stage1 / "checkpoint-1", tmp_path / "checkpoint-1")
+    os.truncate(tmp_path / "checkpoint-1" / "state.json", 9)
+    elsewhere[3] = tmp_path / "checkpoint-1"
+    assert "checkpoint-1/state.json is missing or damaged; resume from" in refused(train.main, *words, *elsewhere)
 
 
 def test_more_processes_than_clips(refused, tiny_base, tiny_world, tmp_path, monkeypatch):

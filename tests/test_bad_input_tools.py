@@ -11,11 +11,8 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from common.cogvideox.control_adapter import ControlVocabulary
-from common.cogvideox.pipeline_io import load_component, write_pipeline
-from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, CogVideoXSwinLCMScheduler
+from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
-from common.data.control_signals import CONTROL_TOKENS
 from common.tools import contact_sheet
 from data.miniworld import make_base, make_videos
 
@@ -35,26 +32,10 @@ def lora(tmp_path_factory, tiny_base) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, tiny_base) -> Path:
-    """stage2, stage3 and stage4: untrained models as those stages write them."""
-    root = tmp_path_factory.mktemp("bad_input_models")
-    transformer = CogVideoXControlTransformer3DModel.from_transformer(
-        load_component(tiny_base, "transformer"), control_dim=12, control_start_layer=1, control_end_layer=2
-    )
-    parts = {"transformer": transformer, "control_vocabulary": ControlVocabulary.orthogonal(list(CONTROL_TOKENS), 12)}
-    write_pipeline(root / "stage2", tiny_base, "CogVideoXControlPipeline", parts)
-    config = load_component(tiny_base, "scheduler").config
-    for name, scheduler in (("stage3", CogVideoXSwinDPMScheduler), ("stage4", CogVideoXSwinLCMScheduler)):
-        parts["scheduler"] = scheduler.from_config(config)
-        write_pipeline(root / name, tiny_base, "CogVideoXStreamingPipeline", parts)
-    return root
-
-
 FUSE = "stage1/fuse_lora_weights.py"
 
 
-def test_fusing(refused, lora, models, tiny_base, tmp_path):
+def test_fusing(refused, lora, tiny_models, tiny_base, tmp_path):
     def fuse(base, path, output=tmp_path / "fused", *more):
         line = refused(FUSE, "--pretrained_model_path", base, "--lora_path", path, "--output_dir", output, *more)
         assert not (tmp_path / "fused").exists()
@@ -68,7 +49,7 @@ def test_fusing(refused, lora, models, tiny_base, tmp_path):
     smaller.save_pretrained(small / "transformer")
     assert "belongs to another model: the base has no layer transformer_blocks." in fuse(small, lora)
     assert "no LoRA at" in fuse(tiny_base, tiny_base)
-    assert "here belongs a text-to-video pipeline" in fuse(models / "stage2", lora)
+    assert "here belongs a text-to-video pipeline" in fuse(tiny_models / "stage2", lora)
     assert "holds a LoRA, not a pipeline" in fuse(lora, lora)
     damaged = tmp_path / "pytorch_lora_weights.safetensors"
     damaged.write_bytes((lora / damaged.name).read_bytes()[:3000])
@@ -103,33 +84,51 @@ INFERENCE_MISTAKES = [
 
 
 @pytest.mark.parametrize(("stage", "words", "message"), INFERENCE_MISTAKES, ids=lambda v: str(v)[:40])
-def test_inference(refused, models, tiny_base, tmp_path, monkeypatch, stage, words, message):
+def test_inference(refused, tiny_models, tiny_base, tmp_path, monkeypatch, stage, words, message):
     """Everything is refused before weights are read, and a video made earlier under the same name stays."""
     monkeypatch.setattr(CogVideoXControlTransformer3DModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "video.mp4").write_bytes(b"of yesterday")
-    words = words.format(models=models, base=tiny_base, file=tmp_path / "video.mp4").split()
-    line = refused(f"stage{stage}/inference.py", "--model_path", models / f"stage{stage}", "--prompt", "x", *words)
+    words = words.format(models=tiny_models, base=tiny_base, file=tmp_path / "video.mp4").split()
+    line = refused(f"stage{stage}/inference.py", "--model_path", tiny_models / f"stage{stage}", "--prompt", "x", *words)
     assert message in line
     assert contents(tmp_path) == {"video.mp4": b"of yesterday"}
 
 
-def test_out_of_memory(refused, models, tmp_path, monkeypatch):
+def test_out_of_memory(refused, tiny_models, tmp_path, monkeypatch):
     """The line names this program's options, and the video that has no frame yet is gone."""
 
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(CogVideoXControlTransformer3DModel, "forward", fail)
-    words = ["--model_path", models / "stage4", "--prompt", "x", "--control", "D*9", "--output", tmp_path / "v.mp4"]
+    words = [
+        "--model_path",
+        tiny_models / "stage4",
+        "--prompt",
+        "x",
+        "--control",
+        "D*9",
+        "--output",
+        tmp_path / "v.mp4",
+    ]
     line = refused("stage4/inference.py", *words)
     assert "--height and --width" in line and not (tmp_path / "v.mp4").exists()
 
 
-def test_init_video_that_is_too_short(refused, models, tiny_world, tmp_path, monkeypatch):
+def test_init_video_that_is_too_short(refused, tiny_models, tiny_world, tmp_path, monkeypatch):
     monkeypatch.setattr(CogVideoXControlTransformer3DModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     video = tiny_world / "videos" / "00000.mp4"
-    words = ["--model_path", models / "stage4", "--prompt", "x", "--seconds", 1, "--output", tmp_path / "video.mp4"]
+    words = [
+        "--model_path",
+        tiny_models / "stage4",
+        "--prompt",
+        "x",
+        "--seconds",
+        1,
+        "--output",
+        tmp_path / "video.mp4",
+    ]
     line = refused("stage4/inference.py", *words, "--init_video", video, "--frames_per_group", 4)
     assert f"{video}: 2.00 s" in line and "4.00 s are needed for 65 frames at 16 fps" in line
     assert not contents(tmp_path)

@@ -61,7 +61,12 @@ def read_signals(video: Path) -> list[str] | None:
     about = video.with_suffix(".json")
     if not about.is_file():
         return None
-    control = json.loads(about.read_text()).get("control")
+    try:
+        control = json.loads(about.read_text()).get("control")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{about} is not the JSON that inference.py writes; remove it, or make the video anew"
+        ) from error
     return control.split(",") if control else None
 
 

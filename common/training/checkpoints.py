@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -87,14 +88,26 @@ def find_checkpoint(settings: Any) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
+    return read_json(checkpoint, "state.json")
+
+
+def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / name).read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(checkpoint / name) from error
+
+
+def damaged(path: Path) -> UserError:
+    return UserError(f"resume_from_checkpoint: {path} is missing or damaged; resume from another checkpoint")
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     path = checkpoint / f"{name}.safetensors"
-    if not path.is_file():
-        raise UserError(f"resume_from_checkpoint: {checkpoint} has no {path.name}; resume from another checkpoint")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path) from error
 
 
 def write_checkpoint(

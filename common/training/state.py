@@ -1,6 +1,5 @@
 """What a training step changes: the module's weights, the optimizer, the schedule, the step; made, restored, saved."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,7 @@ class TrainingState:
 
     def _check(self, checkpoint: Path) -> dict[str, Any]:
         """The checkpoint's state.json, if this run may continue it."""
-        made_with = json.loads((checkpoint / "settings.json").read_text())
-        checkpoints.check_same_run(checkpoint, made_with, self.settings)
+        checkpoints.check_same_run(checkpoint, checkpoints.read_json(checkpoint, "settings.json"), self.settings)
         saved = checkpoints.read_state(checkpoint)
         if saved["samples_per_micro_step"] != self.samples_per_micro_step:
             raise UserError(

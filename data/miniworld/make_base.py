@@ -35,7 +35,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.data.index import ClipRecord, read_index
-from common.data.video import Video
+from common.data.video import ClipError, ClipTooShort, Video
 from data.miniworld import base_text, base_transformer, base_vae
 from data.miniworld.base_training import Budget, fit, save_beside
 from data.miniworld.muon import MuonAdam
@@ -52,10 +52,13 @@ def read_clips(records: list[ClipRecord], num_frames: int, height: int, width: i
     """Every clip as uint8 [n, 3, h, w], decoded once and kept in memory (about 2 MB a clip of six seconds)."""
     clips = []
     for record in tqdm(records, desc="decoding clips", unit="clip"):
-        video = Video(record.path)
-        if len(video) < num_frames:
-            raise UserError(f"{record.path}: {len(video)} frames; --num_frames {num_frames} need a longer clip")
-        clips.append(video.read(np.arange(len(video)), height, width))
+        try:
+            video = Video(record.path)
+            if len(video) < num_frames:
+                raise ClipTooShort(f"{record.path}: {len(video)} frames; --num_frames {num_frames} need a longer clip")
+            clips.append(video.read(np.arange(len(video)), height, width))
+        except ClipError as error:
+            raise UserError(f"index entry {record.entry}: {error}") from error
     return clips
 
 

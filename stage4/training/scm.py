@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
-from common.config.errors import SettingError
+from common.config.errors import SettingError, UserError
 from common.training.controlled_objective import TRAIN_TIMESTEPS, StreamingObjective, StreamingSettings
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
@@ -90,6 +91,14 @@ class SCMObjective(StreamingObjective):
         )
         self.teacher = transformer
         return student.requires_grad_(True)
+
+    def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
+        super().check_base(base, index, config)
+        kind = index["scheduler"][1]
+        if kind == CogVideoXSwinLCMScheduler.__name__:
+            raise UserError(
+                f"{base} is distilled already (its scheduler is a {kind}); here belongs stage 3's output_dir"
+            )
 
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         super().load(device, weight_dtype)
