@@ -2,6 +2,10 @@
 #   need_environment [REQUIREMENTS_FILE ...]     requirements.txt is always installed, further files after it
 # An environment that is active already (VIRTUAL_ENV, CONDA_PREFIX) is used and given what it lacks.
 
+# OpenMP threads that wait by spinning take the core from those they wait for, as soon as anything else runs: on two busy
+# cores a training step took ten times as long.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
 need_environment() {
     local root python stamp files=(requirements.txt "$@")
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -48,6 +48,10 @@ else
     gpus=0
 fi
 
+if ((gpus == 0)); then
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # waiting threads must not take the cores from working ones
+fi
+
 machines="${NNODES:-${WORLD_SIZE:-1}}"
 machine_rank="${NODE_RANK:-${RANK:-0}}"
 processes="${NUM_PROCESSES:-$(((gpus > 0 ? gpus : 1) * machines))}"
