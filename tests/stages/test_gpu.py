@@ -1,4 +1,4 @@
-"""The four stages on a GPU: bf16 compute over float32 masters, gradient checkpointing, sample videos, a compiled stream."""
+"""The four stages on a GPU: bf16 over float32 masters, gradient checkpointing, sample videos, compiled streams."""
 
 import numpy as np
 import pytest
