@@ -88,7 +88,7 @@ fi
 export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
 (
     trap '' TERM INT
-    exec "$PYTHON" -m accelerate.commands.launch "${launch[@]}" -m common.tools.train "${arguments[@]}"
+    exec "$PYTHON" -m common.tools.launch "${launch[@]}" -m common.tools.train "${arguments[@]}"
 ) &
 launcher=$!
 signals=0

@@ -105,7 +105,9 @@ class GuidedDenoiser:
         """Signal indices of a window [B][F] → [K·B,F,control_dim], null rows in branches without control."""
         if self.vocabulary is None:
             return None
-        given = torch.tensor(indices, dtype=torch.long, device=self.device)  # [B,F]
+        given = torch.tensor(indices, dtype=torch.long)  # [B,F]
+        if self.device.type == "cuda":  # from pinned memory, or the copy would wait for all that is queued
+            given = given.pin_memory().to(self.device, non_blocking=True)
         null = torch.full_like(given, -1)
         rows = torch.cat([given if branch.use_control else null for branch in self.branches])
         return self.vocabulary.embed(rows).to(self.dtype)

@@ -12,11 +12,16 @@ import logging
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from common.config.errors import UserError, run_cli
 from common.config.loader import load_settings, parse_launch_line
 from common.config.settings import TrainingSettings
+
+# Seconds that the other processes wait before they say what is wrong: if the first has met the same, it says so and the
+# launcher ends them.
+FIRST_SPEAKS_FIRST = 5.0
 
 
 def main() -> None:
@@ -50,7 +55,12 @@ def main() -> None:
 
     from common.training.trainer import Trainer
 
-    Trainer(settings, objective).train()
+    try:
+        Trainer(settings, objective).train()
+    except UserError:
+        if not is_main:
+            time.sleep(FIRST_SPEAKS_FIRST)
+        raise
 
 
 def describe(settings: TrainingSettings) -> dict[str, Any]:
