@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,4 +124,15 @@ def test_two_processes_train_like_one_with_twice_the_batch_and_stop_together(toy
 def test_wrong_setting_is_one_line_and_exit_code_two(toy_data, tmp_path):
     code, output = Run(toy_data, tmp_path / "run", "--learning_rat", "1", processes=2).finish()
     assert code == 2 and output.startswith("error: ") and "learning_rate" in output
+    assert len(output.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_what_two_processes_meet_is_said_once(toy_data, tmp_path):
+    """Neither by both nor by their launcher, which would add a traceback of its own."""
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    for video in data.glob("*.mp4"):
+        video.write_bytes(b"")
+    code, output = Run(data, tmp_path / "run", processes=2).finish()
+    assert code == 2 and output.startswith("error: ") and "cannot be read" in output and "the file is empty" in output
     assert len(output.splitlines()) == 1 and not (tmp_path / "run").exists()
