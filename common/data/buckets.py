@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch.utils.data import Sampler
 
 from common.config.errors import SettingError
+from common.config.settings import VAE_TIME_FACTOR
 
 
 def stable_hash(*key: int | str) -> int:
@@ -54,7 +55,7 @@ class Bucket:
 
     @property
     def num_latent_frames(self) -> int:
-        return (self.num_frames - 1) // 4 + 1
+        return (self.num_frames - 1) // VAE_TIME_FACTOR + 1
 
     def __str__(self) -> str:
         return f"{self.num_frames}x{self.height}x{self.width}"

@@ -15,8 +15,6 @@ from common.config.errors import UserError
 # indices.
 CONTROL_TOKENS = ("D", "DL", "DR", "B", "BL", "BR", "N", "NL", "NR")
 
-RAW_FRAMES_PER_LATENT = 4
-
 
 def parse_control_string(text: str, tokens: Sequence[str] = CONTROL_TOKENS, where: str = "control string") -> list[str]:
     """One token per raw frame: "D*2,DL" → ["D", "D", "DL"]. Spaces and line breaks around tokens do not
@@ -53,18 +51,6 @@ def read_control_file(path: str | os.PathLike, tokens: Sequence[str] = CONTROL_T
         raise UserError(f"cannot read the control file {path}: {reason}") from error
     lines = (line.partition("#")[0] for line in text.splitlines())
     return parse_control_string("\n".join(lines), tokens, where=str(path))
-
-
-def latent_frame_signals(raw: Sequence[str], num_latent_frames: int) -> list[str]:
-    """The token of every latent frame: latent frame j has that of raw frame 4j. Raises UserError when `raw`
-    is too short."""
-    needed = RAW_FRAMES_PER_LATENT * (num_latent_frames - 1) + 1
-    if len(raw) < needed:
-        raise UserError(
-            f"control signals for {len(raw)} raw frames, but {num_latent_frames} latent frames need {needed}: "
-            f"hold the last token longer, as in {raw[-1] if raw else CONTROL_TOKENS[0]}*{needed}"
-        )
-    return list(raw[:needed:RAW_FRAMES_PER_LATENT])
 
 
 def token_indices(names: Sequence[str], tokens: Sequence[str] = CONTROL_TOKENS) -> list[int]:

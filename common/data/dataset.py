@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import Dataset
 
 from common.config.errors import UserError
+from common.config.settings import VAE_TIME_FACTOR
 from common.data.buckets import Bucket, SampleKey, stable_hash
-from common.data.control_signals import RAW_FRAMES_PER_LATENT
 from common.data.index import ClipRecord
 from common.data.video import ClipError, UnreadableVideo, Video, source_frames
 
@@ -128,7 +128,7 @@ class ClipDataset(Dataset):
         raw_frames = sample.pop("raw_frames")
         sample["sample_id"] = f"{record.name}@{int(raw_frames[0])}"
         if self.needs_control:
-            signals = record.control_at(raw_frames[::RAW_FRAMES_PER_LATENT])
+            signals = record.control_at(raw_frames[::VAE_TIME_FACTOR])
             sample["control_indices"] = torch.tensor(signals, dtype=torch.int64)  # [F]
         return sample
 

@@ -15,6 +15,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
+from common.config.settings import VAE_TIME_FACTOR
+
 BLOCK_CHANNELS = (16, 32, 32, 64)
 LATENT_CHANNELS = 16
 VIDEO_FRAMES = 9  # 3 latent frames: 1 + 2 · 4
@@ -31,7 +33,7 @@ def make_vae(height: int, width: int, block_channels: tuple[int, ...] = BLOCK_CH
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        temporal_compression_ratio=4,
+        temporal_compression_ratio=VAE_TIME_FACTOR,
         sample_height=height,
         sample_width=width,
     )
@@ -107,7 +109,7 @@ def reconstruction_psnr(vae: AutoencoderKLCogVideoX, clips: list[Tensor], num_fr
     vae.eval()
     values = []
     for clip in clips:
-        count = (min(num_frames, len(clip)) - 1) // 4 * 4 + 1
+        count = (min(num_frames, len(clip)) - 1) // VAE_TIME_FACTOR * VAE_TIME_FACTOR + 1
         target = to_pixels(clip[:count], vae.device)
         output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
         error = ((output - target) * 127.5).square().mean()

@@ -34,6 +34,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
+from common.config.settings import VAE_TIME_FACTOR
 from common.data.index import ClipRecord, read_index
 from common.data.video import ClipError, ClipTooShort, Video
 from data.miniworld import base_text, base_transformer, base_vae
@@ -222,7 +223,7 @@ def make_base(args: argparse.Namespace) -> Path:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuses impossible settings before anything is read."""
-    if args.num_frames % 4 != 1 or args.num_frames < base_vae.VIDEO_FRAMES:
+    if args.num_frames % VAE_TIME_FACTOR != 1 or args.num_frames < base_vae.VIDEO_FRAMES:
         raise UserError(f"--num_frames {args.num_frames}: use 4n+1 frames, at least {base_vae.VIDEO_FRAMES}")
     if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
         raise UserError(f"--height {args.height} --width {args.width}: both have to be multiples of 16")

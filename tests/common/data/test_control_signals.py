@@ -1,11 +1,10 @@
-"""Control strings and the token of each latent frame."""
+"""Control strings, and the indices of their tokens."""
 
 import pytest
 
 from common.config.errors import UserError
 from common.data.control_signals import (
     CONTROL_TOKENS,
-    latent_frame_signals,
     parse_control_string,
     read_control_file,
     token_indices,
@@ -55,17 +54,3 @@ def test_control_file(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a text file"):
         read_control_file(path)
-
-
-def test_latent_frame_j_takes_raw_frame_4j():
-    raw = [str(k) for k in range(40)]
-    assert latent_frame_signals(raw, 9) == ["0", "4", "8", "12", "16", "20", "24", "28", "32"]
-    assert latent_frame_signals(raw[:33], 9)[-1] == "32"
-    assert latent_frame_signals(["D"], 1) == ["D"]
-
-
-def test_too_few_tokens_are_refused_and_not_filled_up():
-    with pytest.raises(UserError, match=r"32 raw frames, but 9 latent frames need 33: .* DL\*33"):
-        latent_frame_signals(["DL"] * 32, 9)
-    with pytest.raises(UserError, match="0 raw frames"):
-        latent_frame_signals([], 1)
