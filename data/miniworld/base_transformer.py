@@ -11,6 +11,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from torch import Tensor
 
+from common.config.settings import VAE_TIME_FACTOR
+from common.training.encoding import sample_posterior
 from data.miniworld.base_text import MAX_TEXT_LENGTH, TEXT_DIM
 
 CAPTION_DROPOUT = 0.1
@@ -48,7 +50,7 @@ def make_transformer(
         sample_width=width // 8,
         sample_frames=num_frames,
         patch_size=2,
-        temporal_compression_ratio=4,
+        temporal_compression_ratio=VAE_TIME_FACTOR,
         max_text_seq_length=MAX_TEXT_LENGTH,
         spatial_interpolation_scale=1.0,
     )
@@ -99,9 +101,10 @@ def transformer_objective(
         generator = torch.Generator(device=device).manual_seed(seed * 1_000_003 + step)
         draw = {"generator": generator, "device": device}
         rows = torch.randint(len(moments), (batch_size,), **draw)
-        mean, log_variance = moments[rows].float().chunk(2, dim=1)
-        sample = mean + torch.randn(mean.shape, **draw) * (0.5 * log_variance.clamp(-30, 20)).exp()
-        latents = (sample * scaling_factor).transpose(1, 2).contiguous()  # [B, F, C, H, W]
+        chosen = moments[rows].float().transpose(1, 2)  # [B, F, 2C, H, W]
+        frames, channels, *size = chosen.shape[1:]
+        sampling_noise = torch.randn(batch_size, frames, channels // 2, *size, **draw)
+        latents = sample_posterior(chosen, sampling_noise) * scaling_factor  # [B, F, C, H, W]
         dropped = torch.rand(batch_size, **draw) < CAPTION_DROPOUT
         text = torch.where(dropped[:, None, None], null_embeds, prompt_embeds[clip_numbers[rows]])
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), **draw)

@@ -24,12 +24,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from tqdm import tqdm
 
 from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
+from common.data.video_writer import write_video
 from data.miniworld.looks import random_look
 from data.miniworld.render import render
 from data.miniworld.simulator import FPS, random_signals, simulate
@@ -67,31 +67,12 @@ class ClipJob:
             return False
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """Writes uint8 frames [N, h, w, 3] as H.264, first beside `path`, then under its name.
-
-    Quality is high (crf 12) and key frames come every second, so that reading a window from the middle is quick. One
-    thread: the same frames give the same bytes.
-    """
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    height, width = frames.shape[1:3]
-    options = ["-crf", "12", "-preset", "veryfast", "-g", str(fps), "-threads", "1", "-fflags", "+bitexact"]
-    writer = imageio_ffmpeg.write_frames(
-        str(partial), (width, height), fps=fps, codec="libx264", pix_fmt_in="rgb24", pix_fmt_out="yuv420p",
-        quality=None, macro_block_size=16, output_params=options,
-    )  # fmt: skip
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    os.replace(partial, path)
-
-
 def make_clip(job: ClipJob) -> None:
     """Simulates, draws and writes one clip; the truth file comes last and marks it complete."""
     look, _ = random_look(job.clip_seed())
     trajectory = simulate(job.signals(), job.clip_seed())
-    write_video(job.video, render(trajectory, look, job.height, job.width))
+    # High quality, and a key frame every second: reading a window from the middle is quick.
+    write_video(job.video, render(trajectory, look, job.height, job.width), FPS, crf=12, gop=FPS)
     partial = job.truth.with_name(f".{job.truth.stem}.partial.npz")
     np.savez(
         partial, stamp=job.stamp(), speed=trajectory.speed.astype(np.float32), signals=trajectory.signals,
