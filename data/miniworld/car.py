@@ -23,9 +23,7 @@ def _box(u: np.ndarray, v: np.ndarray, center: Point, size: Point, radius: float
     return np.hypot(np.maximum(du, 0), np.maximum(dv, 0)) + np.minimum(np.maximum(du, dv), 0) - radius
 
 
-def draw_car(
-    frames: np.ndarray, trajectory: Trajectory, look: Look, focal: float, camera: Point, horizon: int
-) -> None:
+def draw_car(frames: np.ndarray, trajectory: Trajectory, look: Look, focal: float, camera: Point, horizon: int) -> None:
     """Paints the car into float32 frames [N, h, w, 3], in place; `camera` is (height, distance) in metres."""
     _, height, width, _ = frames.shape
     unit = focal / camera[1] * CAR_WIDTH / 2  # pixels in half a car's width

@@ -87,7 +87,7 @@ _BIOME_COLORS = {
                (188, 48, 40), (236, 232, 214), (162, 120, 84), ((200, 96, 30), (172, 56, 32), (214, 152, 44))),
     "coast": ((70, 152, 226), (204, 232, 240), (228, 212, 160), (206, 188, 134), (112, 110, 110), (50, 110, 190),
               (242, 242, 240), (240, 238, 226), (40, 120, 176), ((44, 120, 66), (96, 130, 86), (230, 226, 220))),
-}
+}  # fmt: skip
 
 
 def palette(look: Look) -> Palette:
@@ -120,4 +120,4 @@ def palette(look: Look) -> Palette:
         zenith=zenith, horizon=horizon, ground=(lit(ground_a), lit(ground_b)), asphalt=darker * lit(asphalt),
         kerb=(lit(kerb_a), lit(kerb_b)), line=lit(line), ridge=lit(ridge), landmarks=tuple(lit(mark) for mark in marks),
         haze_distance=distance, landmark_haze=fade,
-    )
+    )  # fmt: skip
