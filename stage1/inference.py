@@ -8,6 +8,7 @@ from diffusers import CogVideoXPipeline
 
 from common.cogvideox.pipeline_io import load_components, read_model_index
 from common.config.errors import run_cli
+from common.data.video_writer import to_frames
 from common.tools.fuse_lora_weights import add_lora, find_lora_file
 from common.tools.inference import (
     OUT_OF_MEMORY_HELP,
@@ -17,7 +18,6 @@ from common.tools.inference import (
     make_parser,
     parse_arguments,
     save,
-    to_frames,
 )
 
 

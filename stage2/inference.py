@@ -5,6 +5,7 @@ python stage2/inference.py --model_path outputs/stage2 --prompt "…" --control 
 
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
 from common.config.errors import run_cli
+from common.data.video_writer import to_frames
 from common.tools.inference import (
     OUT_OF_MEMORY_HELP,
     add_clip_options,
@@ -16,7 +17,6 @@ from common.tools.inference import (
     parse_arguments,
     read_control,
     save,
-    to_frames,
 )
 
 

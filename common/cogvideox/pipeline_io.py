@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from common.config.errors import UserError, one_line
+from common.config.model_directory import resolve_pipeline_directory
 
 INDEX_NAME = "model_index.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -30,21 +31,6 @@ PIPELINE_KINDS = {
     "CogVideoXControlPipeline": "a controlled pipeline (stage 2)",
     "CogVideoXStreamingPipeline": "a streaming pipeline (stage 3 or 4)",
 }
-
-
-def resolve_pipeline_directory(path: str | Path) -> Path:
-    """A local directory as it is; a hub id ("org/name") as its downloaded snapshot."""
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-        raise UserError(f"no model directory at {path}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path)))
-    except Exception as error:  # offline, unknown, gated: hub libraries raise a dozen types
-        raise UserError(f"{path} is no directory here and could not be had from the hub: {error}") from error
 
 
 def read_model_index(path: str | Path, expected: str | None = None) -> dict[str, Any]:

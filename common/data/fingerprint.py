@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.errors import SettingError
+from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import TrainingSettings
 
 CACHE_FORMAT = 1
@@ -54,30 +55,12 @@ def component_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def pipeline_directory(settings: TrainingSettings) -> Path:
-    """Where the base model's components lie; a hub id is looked up in, or fetched into, the hub's own
-    cache."""
-    path = Path(settings.pretrained_model_name_or_path)
-    if path.is_dir():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = [f"{name}/*" for name in COMPONENTS]
-        return Path(snapshot_download(settings.pretrained_model_name_or_path, allow_patterns=patterns))
-    except Exception as error:  # no network, no such repository, a malformed id: all mean the same to the user
-        raise SettingError(
-            "pretrained_model_name_or_path",
-            f"{settings.pretrained_model_name_or_path} is neither a directory nor a repository that can be reached",
-        ) from error
-
-
 def cache_fingerprint(settings: TrainingSettings) -> dict[str, Any]:
     """Everything that a cache's numbers depend on besides the videos and captions themselves.
 
     Buckets are not in it: a cache may hold more of them than a run uses.
     """
-    directory = pipeline_directory(settings)
+    directory = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
     fingerprint: dict[str, Any] = {"format": CACHE_FORMAT}
     for name in COMPONENTS:
         if not (directory / name).is_dir():

@@ -76,6 +76,11 @@ class VideoWriter:
         self.close()
 
 
+def to_frames(video: np.ndarray) -> np.ndarray:
+    """A pipeline's output of type "np", [N,h,w,3] of [0,1], as uint8."""
+    return (video * 255).round().astype(np.uint8)
+
+
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 16, gop: int | None = None) -> None:
     """Writes a finished clip, uint8 [N,h,w,3], beside `path` first: under its name it is always whole."""
     path = Path(path)

@@ -16,6 +16,7 @@ from torch import nn
 from common.cogvideox.pipeline_io import LORA_NAME, load_component, read_model_index, write_pipeline
 from common.config.command_line import ArgumentParser, refuse_unwritable
 from common.config.errors import UserError, run_cli
+from common.config.model_directory import resolve_pipeline_directory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -42,7 +43,7 @@ def fuse_lora_weights(
         raise UserError(f"--output_dir {output_dir} is the base itself; give another directory")
     lora_file = find_lora_file(lora_path)
     refuse_unwritable(output_dir, "--output_dir")
-    dtype = dtype or stored_dtype(Path(pretrained_model_path) / "transformer")
+    dtype = dtype or stored_dtype(resolve_pipeline_directory(pretrained_model_path) / "transformer")
     transformer = load_component(pretrained_model_path, "transformer")
     add_lora(transformer, lora_file)
     transformer.fuse_lora(lora_scale=lora_scale, safe_fusing=True)

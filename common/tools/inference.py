@@ -17,16 +17,12 @@ import torch
 from tqdm import tqdm
 
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
-from common.cogvideox.pipeline_io import (
-    component_config,
-    load_component,
-    read_model_index,
-    resolve_pipeline_directory,
-)
+from common.cogvideox.pipeline_io import component_config, load_component, read_model_index
 from common.cogvideox.window import make_window_plan
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError
+from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import SIZE_MULTIPLE, VAE_TIME_FACTOR
 from common.data.control_signals import parse_control_string, read_control_file
 from common.data.video import read_clip
@@ -152,11 +148,6 @@ def save(args: argparse.Namespace, chunks: Iterator[np.ndarray], control: list[s
     about |= {"control": None if control is None else ",".join(control), "num_frames": video.num_frames}
     args.output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"{args.output}: {video.num_frames} frames in {seconds:.1f} s ({video.num_frames / seconds:.1f} a second)")
-
-
-def to_frames(video: np.ndarray) -> np.ndarray:
-    """A pipeline's output of type "np", [N,h,w,3] of [0,1], as uint8."""
-    return (video * 255).round().astype(np.uint8)
 
 
 def read_init_video(args: argparse.Namespace, scheduler: SwinSchedulerMixin) -> torch.Tensor:

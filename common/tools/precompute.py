@@ -20,10 +20,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common.cogvideox.pipeline_io import load_component, resolve_pipeline_directory
+from common.cogvideox.pipeline_io import load_component
 from common.config.command_line import refuse_unwritable
 from common.config.errors import SettingError, UserError, run_cli
 from common.config.loader import load_settings, parse_launch_line
+from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import TrainingSettings
 from common.data.buckets import make_buckets
 from common.data.dataset import VideoDataset
