@@ -146,9 +146,11 @@ class ControlVocabulary:
             model = CLIPTextModelWithProjection.from_pretrained(text_encoder)
         except (OSError, ValueError) as error:
             raise UserError(f"no CLIP text encoder could be loaded from {text_encoder!r}: {error}") from error
-        tokens = tokenizer([*sentences.values(), ""], padding=True, truncation=True, return_tensors="pt")
-        features = model(**tokens).text_embeds  # [num_signals+1, control_dim]
-        return cls(list(sentences), features[:-1], features[-1])
+        rows = []
+        for sentence in [*sentences.values(), ""]:  # one at a time: nothing is padded
+            tokens = tokenizer(sentence, truncation=True, return_tensors="pt")
+            rows.append(model(**tokens).text_embeds[0])  # [control_dim]
+        return cls(list(sentences), torch.stack(rows[:-1]), rows[-1])
 
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
