@@ -83,9 +83,9 @@ def control_attention_bias(
     """
     frames = torch.arange(num_frames, device=device)
     query_frame = frames.repeat_interleave(tokens_per_frame)[:, None]  # [F·S,1]
-    bias = torch.zeros(num_frames * tokens_per_frame, num_frames, device=device, dtype=torch.float32)
+    bias = torch.zeros(num_frames * tokens_per_frame, num_frames, device=device, dtype=torch.float64)
     if control_attention == "token_causal":
-        position = torch.arange(tokens_per_frame, device=device, dtype=torch.float32)
+        position = torch.arange(tokens_per_frame, device=device, dtype=torch.float64)
         own = torch.log((position + 1) / tokens_per_frame).repeat(num_frames)[:, None]  # [F·S,1]
         bias = torch.where(frames == query_frame, own, bias)
     elif control_attention != "frame_causal":

@@ -115,9 +115,18 @@ class StreamingDecoder:
         z = (latents.float() / config.scaling_factor).to(dtype).transpose(1, 2)  # [B,C,F,H,W]
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
-        frames, cache = self.vae.decoder(z, conv_cache=self._conv_cache)
-        self._conv_cache = _without_pointwise(cache)
-        return frames.transpose(1, 2).float()
+        frames = []
+        for piece in z.split(self._piece_lengths(z.shape[2]), dim=2):
+            decoded, cache = self.vae.decoder(piece, conv_cache=self._conv_cache)
+            self._conv_cache = _without_pointwise(cache)
+            frames.append(decoded)
+        return torch.cat(frames, dim=2).transpose(1, 2).float()
+
+    def _piece_lengths(self, num_frames: int) -> list[int]:
+        """Two latents at a time, as the VAE was trained to decode; the first of a stream takes the odd one as well."""
+        first = min(2 + num_frames % 2, num_frames) if self._conv_cache is None else min(2, num_frames)
+        rest = num_frames - first
+        return [first, *[2] * (rest // 2), *[1] * (rest % 2)]
 
     def decode_uint8(self, latents: Tensor) -> np.ndarray:
         """As `decode`, → uint8 [N,h,w,3] for a batch of one, else [B,N,h,w,3]."""

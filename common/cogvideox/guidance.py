@@ -19,25 +19,28 @@ class GuidanceBranch(NamedTuple):
 
     use_text: bool
     use_control: bool
-    weight: float
+    weight: "Scale"
 
 
-def guidance_branches(text_scale: float, control_scale: float) -> list[GuidanceBranch]:
-    """What to run and how to weigh it; weights sum to one, the least conditioned branch first.
+Scale = float | Tensor
 
-    s_c·(t,c) + (s_t−s_c)·(t,∅) + (1−s_t)·(∅,∅): from nothing to the prompt by s_t, from there to the signals by s_c.
-    With s_c = 1 the signals are a fixed condition like any other: s_t·(t,c) + (1−s_t)·(∅,c). Branches of weight zero
-    are not run; without guidance (1, 1) there is one.
+
+def guidance_branches(text_scale: Scale, control_scale: Scale) -> list[GuidanceBranch]:
+    """What to run and how to weigh it; weights sum to one, the full branch last.
+
+    (t,c) + (s_t−1)·[(t,c) − (∅,c)] + (s_c−1)·[(t,c) − (t,∅)]: each scale strengthens its condition, given the
+    other. What has neither is not needed: with independent dropout of a tenth each, it is a hundredth of the training.
+    Branches of weight zero are not run; without guidance (1, 1) there is one.
+
+    Args:
+        text_scale, control_scale: numbers, or tensors that broadcast against the predictions (then all three run).
     """
-    if control_scale == 1:
-        branches = [GuidanceBranch(False, True, 1 - text_scale), GuidanceBranch(True, True, text_scale)]
-    else:
-        branches = [
-            GuidanceBranch(False, False, 1 - text_scale),
-            GuidanceBranch(True, False, text_scale - control_scale),
-            GuidanceBranch(True, True, control_scale),
-        ]
-    return [branch for branch in branches if branch.weight != 0]
+    branches = [
+        GuidanceBranch(False, True, 1 - text_scale),
+        GuidanceBranch(True, False, 1 - control_scale),
+        GuidanceBranch(True, True, text_scale + control_scale - 1),
+    ]
+    return [branch for branch in branches if isinstance(branch.weight, Tensor) or branch.weight != 0]
 
 
 def combine_branches(predictions: Sequence[Tensor], branches: Sequence[GuidanceBranch]) -> Tensor:

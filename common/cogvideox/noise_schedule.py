@@ -127,6 +127,9 @@ def predict_x0(sample: Tensor, model_output: Tensor, timesteps: Tensor, alphas: 
 def ddim_coefficients(timesteps: Tensor, prev_timesteps: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
     """(a, b) of x_s = a·x_t + b·x̂0 for DDIM from t to s: a = σ_s/σ_t, b = α_s − α_t·a; (1, 0) where s = t.
 
+    With s = b(t), the boundary of t's phase, these are c_skip and c_out of the consistency function f(x_t,t): f is the
+    identity on the boundary, whatever the network says.
+
     Returns:
         float64, the common shape of the two timestep tensors.
     """
@@ -140,15 +143,6 @@ def ddim_step(sample: Tensor, x0: Tensor, timesteps: Tensor, prev_timesteps: Ten
     """One deterministic step from t to s given x̂0 (Song et al., arXiv 2010.02502, eq. 12 with η = 0)."""
     a, b = ddim_coefficients(timesteps, prev_timesteps, alphas)
     return broadcast_to_sample(a, sample) * sample + broadcast_to_sample(b, sample) * x0
-
-
-def consistency_coefficients(timesteps: Tensor, boundaries: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) of f(x_t,t) = c_skip·x_t + c_out·x̂0, the jump to the phase's boundary: c_skip = σ_b/σ_t,
-    c_out = α_b − α_t·c_skip.
-
-    At t = b they are (1, 0): f is the identity on the boundary, whatever the network says.
-    """
-    return ddim_coefficients(timesteps, boundaries, alphas)
 
 
 class StepCoefficients(NamedTuple):

@@ -156,7 +156,7 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
         seconds: float | None = None,
         fps: float = 16,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         control_guidance_scale: float = 1.0,
         negative_prompt: str | None = None,
         prompt_embeds: Tensor | None = None,
@@ -180,13 +180,14 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
                 without height and width in its size. None: the window is first sampled from the prompt.
             num_chunks, seconds: how long; neither: without end. Chunks are whole: `seconds` is reached, not met.
             num_inference_steps: N over all groups, N/G forwards a shift. Default 20, or what was distilled.
-            guidance_scale, control_guidance_scale: see `guidance_branches`. A model with `cond_proj_dim` is told the
-                first instead of being run twice.
+            guidance_scale, control_guidance_scale: see `guidance_branches`; 1 by default. A model with `cond_proj_dim`
+                is told the first instead of being run twice; by default the middle of the range it was taught.
             seed, generator: of everything that is drawn; a list of generators has one for each stream.
         """
         device, spatial = self._execution_device, self.vae_scale_factor_spatial
-        is_distilled = hasattr(self.scheduler, "num_phases")
-        plan = make_window_plan(self.scheduler, num_inference_steps or (None if is_distilled else 20), device)
+        default_steps = None if self.scheduler.is_distilled else 20
+        plan = make_window_plan(self.scheduler, num_inference_steps or default_steps, device)
+        guidance_scale = self._told_guidance(guidance_scale)
         if seconds is not None:
             num_chunks = num_chunks_for(seconds, fps, plan.frames_per_group * self.vae_scale_factor_temporal)
         video = None if init_video is None else self._init_clip(init_video, plan.num_frames)
@@ -224,6 +225,16 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             raise UserError(f"{batch_size} prompts need a list of {batch_size} controls, one each")
         stride = self.vae_scale_factor_temporal
         return [make_signal_source(one, self.control_vocabulary, stride) for one in controls]
+
+    def _told_guidance(self, scale: float | None) -> float:
+        """The guidance scale, or its default; a `UserError` outside of the range that the model was taught."""
+        taught = getattr(self.scheduler.config, "guidance_range", None)
+        if taught is None:
+            return 1.0 if scale is None else scale
+        low, high = taught
+        if scale is not None and not low <= scale <= high:
+            raise UserError(f"guidance_scale {scale} is outside of what this model was taught: {low} … {high}")
+        return (low + high) / 2 if scale is None else scale
 
     def _init_clip(self, video: np.ndarray | Tensor, num_latent_frames: int) -> Tensor:
         """The last 4·(F−1)+1 frames as uint8 [B,N,3,h,w]; a `UserError` when there are too few."""

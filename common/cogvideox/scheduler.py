@@ -203,7 +203,10 @@ class CogVideoXSwinLCMScheduler(SwinSchedulerMixin, CogVideoXDDIMScheduler):
     Args (those of `CogVideoXSwinDDIMScheduler`, and):
         phases_per_group: m; there are P = G·m phases of T/P timesteps, and sampling takes P steps.
         original_inference_steps: K, solver steps of the teacher's grid while distilling; a solver step spans T/K.
+        guidance_range: [low, high] of the guidance that a model with `cond_proj_dim` was taught; None for any other.
     """
+
+    is_distilled = True
 
     @register_to_config
     def __init__(
@@ -227,6 +230,7 @@ class CogVideoXSwinLCMScheduler(SwinSchedulerMixin, CogVideoXDDIMScheduler):
         condition_timestep: int = CLEAN,
         phases_per_group: int = 1,
         original_inference_steps: int = 40,
+        guidance_range: list[float] | None = None,
     ):
         super().__init__(
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample,
@@ -262,16 +266,6 @@ class CogVideoXSwinLCMScheduler(SwinSchedulerMixin, CogVideoXDDIMScheduler):
         """Where one of the teacher's K solver steps leads from t: t − T/K, never below the boundary of t's phase."""
         span = self.config.num_train_timesteps // self.config.original_inference_steps
         return torch.maximum(timesteps - span, self.phase_boundary(timesteps))
-
-    def consistency_coefficients(self, timesteps: Tensor, boundaries: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(c_skip, c_out) of f(x_t,t) = c_skip·x_t + c_out·x̂0; see `noise_schedule.consistency_coefficients`.
-
-        Args:
-            boundaries: where to jump to, default b(t). The target of distillation names the boundary of the point it
-                came from: having reached it, it would otherwise count as the top of the phase below.
-        """
-        boundaries = self.phase_boundary(timesteps) if boundaries is None else boundaries
-        return noise_schedule.consistency_coefficients(timesteps, boundaries, self.alpha_table(timesteps.device))
 
     def step_coefficients(
         self, timesteps: Tensor, prev_timesteps: Tensor | None = None, back_timesteps: Tensor | None = None

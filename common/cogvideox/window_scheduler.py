@@ -14,6 +14,8 @@ from common.config.errors import UserError
 class SwinSchedulerMixin:
     """What the three schedulers share: the window, ᾱ with a clean end, noising in float32, the grid's predecessors."""
 
+    is_distilled = False  # whether the number of inference steps is the model's own (stage 4)
+
     def _check_window(self) -> None:
         config = self.config
         if config.num_noise_groups < 1 or config.frames_per_group < 1:
@@ -54,11 +56,6 @@ class SwinSchedulerMixin:
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = √ᾱ·ε − √(1−ᾱ)·x, the training target; timesteps and type as in `add_noise`."""
         return noise_schedule.velocity(sample, noise, timesteps.to(sample.device), self.alpha_table(sample.device))
-
-    def predict_x0(self, sample: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
-        """x̂0 = √ᾱ·x − √(1−ᾱ)·v; timesteps and type as in `add_noise`."""
-        device = sample.device
-        return noise_schedule.predict_x0(sample, model_output, timesteps.to(device), self.alpha_table(device))
 
     def previous_timesteps(self, timesteps: Tensor) -> Tensor:
         """The grid's next lower timestep, −1 below the last.

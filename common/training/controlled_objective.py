@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
 from common.cogvideox.pipeline_io import load_component
-from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
@@ -49,8 +48,6 @@ class StreamingSettings(TrainingSettings):
     num_noise_groups: int = 4  # G: a window is one condition frame and G groups of rising noise
     uniform_timestep_share: float = 0.2  # share of samples with one timestep for all frames: a stream's start
     control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
-    validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
-    validation_control_guidance_scale: float = 6.0  # control guidance of the sample videos; 1 for none
 
     def validate(self) -> None:
         super().validate()
@@ -142,11 +139,12 @@ class StreamingObjective(ControlledObjective):
     default_transformer = (CogVideoXControlTransformer3DModel, {"control_dim": 768})
 
     @torch.no_grad()
-    def sample_stream(self, pipeline: Any, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
+    def sample_stream(
+        self, pipeline: Any, prompt: str, control: list[str] | None, seed: int, **arguments: Any
+    ) -> np.ndarray:
         """As many raw frames of a stream as there are control tokens, else one window and a shift: uint8 [N,h,w,3]."""
         settings = self.settings
         num_frames = len(control) if control else max(settings.frame_buckets) + 8
-        is_distilled = isinstance(pipeline.scheduler, CogVideoXSwinLCMScheduler)
         chunks, made = [], 0
         with self.autocast():
             stream = pipeline.stream(
@@ -155,15 +153,10 @@ class StreamingObjective(ControlledObjective):
                 control=control,
                 height=settings.height_buckets[0],
                 width=settings.width_buckets[0],
-                # A distilled model knows its own number of steps.
-                num_inference_steps=None if is_distilled else settings.validation_num_inference_steps,
-                guidance_scale=settings.validation_guidance_scale,
-                control_guidance_scale=settings.validation_control_guidance_scale,
                 generator=torch.Generator(self.device).manual_seed(seed),
+                **arguments,
             )
-            for chunk in stream:
-                chunks.append(chunk)
-                made += len(chunk)
-                if made >= num_frames:
-                    break
+            while made < num_frames:
+                chunks.append(next(stream))
+                made += len(chunks[-1])
         return np.concatenate(chunks)[:num_frames]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cogvideox.control_adapter import ControlVocabulary
+from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
 from common.cogvideox.noise_schedule import mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
 from common.cogvideox.pipeline_io import write_pipeline
@@ -25,6 +25,7 @@ from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
 from common.training.controlled_objective import ControlledObjective, check_validation_control
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
+from common.training.throughput import forward_flops
 
 # What CLIP is told about each signal, unless `control_sentences_file` brings other sentences.
 SENTENCES = {
@@ -119,30 +120,33 @@ class ControlObjective(ControlledObjective):
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         timesteps = rng.randint(0, self.num_train_timesteps)  # [B]
-        return self._velocity_error(batch, timesteps, self.control_embeds(batch, rng), rng), {}
+        rows = self.control_embeds(batch, rng)
+        return self._velocity_error(batch, timesteps, rows, rng.normal(batch.latents.shape[1:])), {}
 
     def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
-        """Also without control: what the signal is worth is the difference."""
-        losses = {}
+        """Also without control, at the same noise: what the signal is worth is the difference."""
+        rows = self.vocabulary.embed(batch.control_indices)
+        null = self.vocabulary.embed(torch.full_like(batch.control_indices, NULL_INDEX))
+        losses, without = {}, []
         for t in VALIDATION_TIMESTEPS:
             timesteps = torch.full((len(batch),), t, device=self.device)
-            rows = self.vocabulary.embed(batch.control_indices)
-            losses[f"loss_t{t}"] = self._velocity_error(batch, timesteps, rows, rng)
-        losses["loss"] = torch.stack(list(losses.values())).mean()
-        null = self.vocabulary.embed(torch.full_like(batch.control_indices, -1))
-        losses["loss_without_control"] = torch.stack(
-            [
-                self._velocity_error(batch, torch.full((len(batch),), t, device=self.device), null, rng)
-                for t in VALIDATION_TIMESTEPS
-            ]
-        ).mean()
-        return losses
+            noise = rng.normal(batch.latents.shape[1:])
+            losses[f"loss_t{t}"] = self._velocity_error(batch, timesteps, rows, noise)
+            without.append(self._velocity_error(batch, timesteps, null, noise))
+        mean = torch.stack(list(losses.values())).mean()
+        return {"loss": mean, "loss_without_control": torch.stack(without).mean(), **losses}
 
-    def _velocity_error(self, batch: EncodedBatch, timesteps: Tensor, rows: Tensor, rng: SampleRandom) -> Tensor:
-        noise = rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
+    def _velocity_error(self, batch: EncodedBatch, timesteps: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
         noisy = mix_noise(batch.latents, noise, timesteps, self.alphas)
         prediction = self.predict(self.module, noisy, timesteps, batch.prompt_embeds, rows)
         return self.velocity_error(prediction, batch.latents, noise, timesteps).mean()
+
+    def step_flops(self, batch: EncodedBatch) -> float:
+        """Below the first control block nothing is trained, so the backward ends there."""
+        config = self.plain_module.config
+        forward = forward_flops(config, batch.latents.shape, batch.prompt_embeds.shape[1])
+        without_backward = forward * config.control_start_layer / config.num_layers
+        return super().step_flops(batch) - without_backward
 
     def export(self, output_dir: Path) -> None:
         parts = {"transformer": self.plain_module, "control_vocabulary": self.vocabulary}

@@ -5,7 +5,7 @@ H W latent height/width · T train timesteps.
 Source: Shift-Window Denoising Process Model, The Matrix, arXiv 2412.03568, section 3.3.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, sample_group_timesteps
 from common.config.errors import SettingError
 from common.config.settings import VAE_TIME_FACTOR
-from common.training.controlled_objective import StreamingObjective, StreamingSettings
+from common.training.controlled_objective import TRAIN_TIMESTEPS, StreamingObjective, StreamingSettings
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 
@@ -28,11 +28,15 @@ class SwinDPMSettings(StreamingSettings):
     """Settings of stage 3."""
 
     condition_timestep: int = CLEAN  # noise level of the condition frame, in training and sampling; -1 is clean
+    carry_solver_history: bool = False  # sampling: a frame's x̂0 outlives the shift, so every step is of second order
     window_frames: int = 0  # raw frames of a window, cut at a random latent offset of the clip; 0 takes all of it
+
+    validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
+    validation_control_guidance_scale: float = 3.0  # control guidance of the sample videos; 1 for none
 
     def validate(self) -> None:
         super().validate()
-        if not -1 <= self.condition_timestep < 1000:
+        if not -1 <= self.condition_timestep < TRAIN_TIMESTEPS:
             raise SettingError("condition_timestep", f"must be -1 (clean) or a timestep, got {self.condition_timestep}")
         groups, steps = self.num_noise_groups, self.validation_num_inference_steps
         if self.validation_prompts and steps % groups:
@@ -104,11 +108,11 @@ class SwinDPMObjective(StreamingObjective):
         """
         if not self.settings.window_frames:
             return batch
-        length = (self.settings.window_frames - 1) // VAE_TIME_FACTOR + 1
+        length = self._window_length(batch.latents)
         last = batch.latents.shape[1] - length
-        offsets = torch.zeros(len(batch), dtype=torch.long) if rng is None else rng.randint(0, last + 1).cpu()
-        frames = (offsets[:, None] + torch.arange(length)).to(self.device)  # [B,F]
-        rows = torch.arange(len(batch), device=self.device)[:, None]
+        rows = torch.arange(len(batch), device=self.device)[:, None]  # [B,1]
+        offsets = torch.zeros_like(rows) if rng is None else rng.randint(0, last + 1)[:, None]
+        frames = offsets + torch.arange(length, device=self.device)  # [B,F]
         return EncodedBatch(
             batch.latents[rows, frames], batch.prompt_embeds, batch.control_indices[rows, frames], batch.sample_ids
         )
@@ -124,6 +128,17 @@ class SwinDPMObjective(StreamingObjective):
         prediction = self.predict(self.module, noisy, told, batch.prompt_embeds, rows)
         return self.velocity_error(prediction, batch.latents, noise, told)
 
+    def num_video_tokens(self, latents: Tensor) -> int:
+        return super().num_video_tokens(latents[:, : self._window_length(latents)])
+
+    def step_flops(self, batch: EncodedBatch) -> float:
+        return super().step_flops(replace(batch, latents=batch.latents[:, : self._window_length(batch.latents)]))
+
+    def _window_length(self, latents: Tensor) -> int:
+        """Latent frames of the window that is trained on."""
+        frames = self.settings.window_frames
+        return (frames - 1) // VAE_TIME_FACTOR + 1 if frames else latents.shape[1]
+
     def export(self, output_dir: Path) -> None:
         parts = {"transformer": self.plain_module, "scheduler": self.streaming_scheduler()}
         write_pipeline(output_dir, self.base_dir, "CogVideoXStreamingPipeline", parts)
@@ -134,10 +149,20 @@ class SwinDPMObjective(StreamingObjective):
             num_noise_groups=self.settings.num_noise_groups,
             frames_per_group=self.settings.frames_per_group(),
             condition_timestep=self.settings.condition_timestep,
+            carry_solver_history=self.settings.carry_solver_history,
         )
 
     def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
         pipeline = CogVideoXStreamingPipeline(
             **{**self.components(self.plain_module), "scheduler": self.streaming_scheduler()}
         )
-        return self.sample_stream(pipeline, prompt, control, seed)
+        settings = self.settings
+        return self.sample_stream(
+            pipeline,
+            prompt,
+            control,
+            seed,
+            num_inference_steps=settings.validation_num_inference_steps,
+            guidance_scale=settings.validation_guidance_scale,
+            control_guidance_scale=settings.validation_control_guidance_scale,
+        )

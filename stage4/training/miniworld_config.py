@@ -27,7 +27,8 @@ args.max_sequence_length = 64  # int: text tokens, as the mini base was made wit
 # --- sliding window
 args.num_noise_groups = 4  # int: as in stage 3
 args.uniform_timestep_share = 0.2  # float: share of samples with one timestep for all frames: a stream's start
-args.control_dropout = 0.0  # float: share of samples with the null signal; the student needs no guidance
+args.caption_dropout = 0.0  # float: share of samples trained without caption; the student needs none
+args.control_dropout = 0.0  # float: share of samples with the null signal; the student needs none
 
 # --- distillation
 args.num_solver_steps = 40  # int: the teacher's grid: 1000/40 timesteps a step
@@ -52,7 +53,4 @@ args.validation_steps = 120  # int: held-out loss at the start and the end, samp
 args.validation_prompts = [  # list[str]: one sample video each
     "A red car drives through a wide desert of sand under a clear sky, seen from behind, with the horizon far away.",
 ]
-args.validation_num_inference_steps = 8  # int: denoising steps of the sample videos
 args.validation_control = "D*32,DL*33"  # str: control of the sample videos, signal*raw frames
-args.validation_guidance_scale = 1.0  # float: the student has learnt guidance: 1
-args.validation_control_guidance_scale = 1.0  # float: likewise

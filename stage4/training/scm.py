@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.cogvideox.guidance import guidance_branches, guidance_scale_embedding
 from common.cogvideox.noise_schedule import CLEAN, ddim_step, mix_noise, predict_x0
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
-from common.cogvideox.pipeline_io import write_pipeline
+from common.cogvideox.pipeline_io import component_config, write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
@@ -32,6 +32,7 @@ from common.training.controlled_objective import TRAIN_TIMESTEPS, StreamingObjec
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
+from common.training.throughput import forward_flops
 
 
 @dataclass
@@ -42,8 +43,8 @@ class SCMSettings(StreamingSettings):
     num_solver_steps: int = 40  # K: the teacher's step spans T/K timesteps
     continuous_offsets: bool = False  # draw offsets from all timesteps, not from the solver's grid alone
     teacher_guidance_scale: float = 6.0  # the teacher's guidance on text, which the student learns; 1 for none
-    teacher_control_guidance_scale: float = 6.0  # the teacher's guidance on control; 1 for none
-    guidance_range: list[float] = field(default_factory=list)  # [low, high]: draw the teacher's guidance (on both)
+    teacher_control_guidance_scale: float = 3.0  # the teacher's guidance on control; 1 for none
+    guidance_range: list[float] = field(default_factory=list)  # [low, high] to draw one scale for both from, instead
     cond_proj_dim: int | None = None  # width of the embedding that tells the student the guidance drawn
     huber_c: float = 0.01  # pseudo-Huber: quadratic below, linear above
     ema_decay: float = 0.95  # decay per step of the target's weights, which are also what is exported
@@ -99,32 +100,40 @@ class SCMObjective(StreamingObjective):
             raise UserError(
                 f"{base} is distilled already (its scheduler is a {kind}); here belongs stage 3's output_dir"
             )
+        groups = component_config(base, "scheduler", index)[1]["num_noise_groups"]
+        if groups != self.settings.num_noise_groups:
+            raise SettingError(
+                "num_noise_groups", f"is {self.settings.num_noise_groups}; stage 3 made {base} with {groups}"
+            )
 
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         super().load(device, weight_dtype)
-        self.teacher.to(weight_dtype).eval()
-        self.target = copy.deepcopy(self.module).requires_grad_(False)
+        nn.Module.to(self.teacher, weight_dtype)  # diffusers' own `to` warns of an empty list of float32 modules
+        self.target = copy.deepcopy(self.module).requires_grad_(False).eval()
         self.student_scheduler = self._make_scheduler()
 
     def _make_scheduler(self) -> CogVideoXSwinLCMScheduler:
+        config = {k: v for k, v in self.scheduler.config.items() if k != "carry_solver_history"}  # jumps have none
         return CogVideoXSwinLCMScheduler.from_config(
-            self.scheduler.config,
+            config,
             num_noise_groups=self.settings.num_noise_groups,
             frames_per_group=self.settings.frames_per_group(),
             phases_per_group=self.settings.phases_per_group,
             original_inference_steps=self.settings.num_solver_steps,
+            guidance_range=self.settings.guidance_range or None,
         )
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        timesteps = self._sample_timesteps(batch.latents.shape[1], rng)  # [B,F], CLEAN for conditions
-        error = self._consistency_error(batch, timesteps, self.control_embeds(batch, rng), rng)
-        learnt = (timesteps != CLEAN).float()
+        timesteps, is_condition = self._sample_timesteps(batch.latents.shape[1], rng)  # [B,F]
+        error = self._consistency_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
+        learnt = (~is_condition).float()
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
 
-    def _sample_timesteps(self, num_frames: int, rng: SampleRandom) -> Tensor:
-        """[B,F]: group g at g·T/G plus an offset that all groups share; the condition frame at CLEAN.
+    def _sample_timesteps(self, num_frames: int, rng: SampleRandom) -> tuple[Tensor, Tensor]:
+        """Timesteps and which of them are conditions, both [B,F].
 
-        Some samples have one timestep for all frames and no condition, as where a stream starts from text.
+        Group g is at g·T/G plus an offset that all groups share, the condition frame where stage 3 has it. Some samples
+        have one timestep for all frames and no condition, as where a stream starts from text.
         """
         settings, T = self.settings, self.num_train_timesteps
         G, span = settings.num_noise_groups, T // settings.num_solver_steps
@@ -133,19 +142,30 @@ class SCMObjective(StreamingObjective):
         else:
             offset = rng.randint(1, T // G // span + 1) * span - 1
             uniform = rng.randint(1, settings.num_solver_steps + 1) * span - 1
-        starts = torch.arange(G, device=offset.device).repeat_interleave((num_frames - 1) // G) * (T // G)  # [G·W]
-        groups = torch.cat([torch.full_like(offset[:, None], CLEAN), offset[:, None] + starts], dim=1)  # [B,F]
-        is_uniform = rng.bernoulli(settings.uniform_timestep_share)
-        return torch.where(is_uniform[:, None], uniform[:, None], groups)
+        starts = torch.arange(G, device=offset.device) * (T // G)  # [G]
+        windows = self._with_condition(offset[:, None] + starts, num_frames)
+        is_uniform = rng.bernoulli(settings.uniform_timestep_share)[:, None]  # [B,1]
+        is_condition = ~is_uniform & (torch.arange(num_frames, device=offset.device) == 0)
+        return torch.where(is_uniform, uniform[:, None], windows), is_condition
+
+    def _with_condition(self, by_group: Tensor, num_frames: int) -> Tensor:
+        """Timesteps of the groups [B,G] → of a window's frames [B,F], the condition first."""
+        frames = by_group.repeat_interleave((num_frames - 1) // by_group.shape[1], dim=1)  # [B,G·W]
+        condition = torch.full_like(frames[:, :1], self.scheduler.config.condition_timestep)
+        return torch.cat([condition, frames], dim=1)
 
     def _consistency_error(
-        self, batch: EncodedBatch, timesteps: Tensor, control_embeds: Tensor, rng: SampleRandom
+        self, batch: EncodedBatch, timesteps: Tensor, is_condition: Tensor, control_embeds: Tensor, rng: SampleRandom
     ) -> Tensor:
-        """Pseudo-Huber distance of the student's jump from the target's, mean per frame: [B,F]."""
+        """Pseudo-Huber distance of the student's jump from the target's, mean per frame: [B,F].
+
+        The jump's share of x̂0 falls with the noise level (c_out is 1, .37, .21, .10 at the tops of four phases), so the
+        lowest group dominates this mean.
+        """
         noise = rng.normal(batch.latents.shape[1:])
         noisy = mix_noise(batch.latents, noise, timesteps, self.alphas)  # x_t
-        boundary = self._lower(timesteps, self.student_scheduler.phase_boundary)  # b(t)
-        solver = self._lower(timesteps, self.student_scheduler.solver_timestep)  # s
+        boundary = self._lower(timesteps, is_condition, self.student_scheduler.phase_boundary)  # b(t)
+        solver = self._lower(timesteps, is_condition, self.student_scheduler.solver_timestep)  # s
         scale, more = self._draw_guidance(rng)
 
         with torch.no_grad():
@@ -158,9 +178,10 @@ class SCMObjective(StreamingObjective):
         return ((jumped - target).square() + c**2).sqrt().sub(c).mean(dim=(2, 3, 4))
 
     @staticmethod
-    def _lower(timesteps: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """`rule` of the timesteps; what is clean stays clean."""
-        return torch.where(timesteps == CLEAN, CLEAN, rule(timesteps.clamp(min=0)))
+    def _lower(timesteps: Tensor, is_condition: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """`rule` of the timesteps; condition frames stay where they are, and so does what is clean."""
+        stays = is_condition | (timesteps == CLEAN)
+        return torch.where(stays, timesteps, rule(timesteps.clamp(min=0)))
 
     def _jump(
         self, module: nn.Module, sample: Tensor, timesteps: Tensor, boundary: Tensor, prompt: Tensor, control: Tensor,
@@ -183,16 +204,15 @@ class SCMObjective(StreamingObjective):
         self, noisy: Tensor, timesteps: Tensor, prompt: Tensor, control: Tensor, scale: Tensor | None
     ) -> Tensor:
         """The guided teacher's x̂0: a weighted sum over its branches with and without text and control."""
+        settings = self.settings
         if scale is None:
-            settings = self.settings
-            branches = guidance_branches(settings.teacher_guidance_scale, settings.teacher_control_guidance_scale)
+            scales = settings.teacher_guidance_scale, settings.teacher_control_guidance_scale
         else:
-            weight = scale[:, None, None, None, None]
-            branches = [(True, True, weight), (False, False, 1 - weight)]
+            scales = (scale[:, None, None, None, None],) * 2
         empty = self.encoder.empty_prompt.expand_as(prompt)
         null = self.vocabulary.null.to(control).expand_as(control)
         velocity = 0
-        for use_text, use_control, weight in branches:
+        for use_text, use_control, weight in guidance_branches(*scales):
             branch = self.predict(
                 self.teacher,
                 noisy,
@@ -209,21 +229,28 @@ class SCMObjective(StreamingObjective):
         Unlike the training loss, whose target moves along, this is a distance to something fixed.
         """
         num_frames, T, G = batch.latents.shape[1], self.num_train_timesteps, self.settings.num_noise_groups
-        tops = (torch.arange(G, device=self.device) + 1) * (T // G) - 1
-        tops = torch.cat([tops.new_full((1,), CLEAN), tops.repeat_interleave((num_frames - 1) // G)])
-        tops = tops.expand(len(batch), -1)  # [B,F]
-        boundary = self._lower(tops, self.student_scheduler.phase_boundary)
+        by_group = (torch.arange(G, device=self.device) + 1) * (T // G) - 1
+        tops = self._with_condition(by_group.expand(len(batch), -1), num_frames)  # [B,F]
+        is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(tops)
+        boundary = self._lower(tops, is_condition, self.student_scheduler.phase_boundary)
         noisy = mix_noise(batch.latents, rng.normal(batch.latents.shape[1:]), tops, self.alphas)
         rows = self.vocabulary.embed(batch.control_indices)
         scale, more = self._draw_guidance(rng)
         solved, timesteps = noisy, tops
         for _ in range(self.settings.num_solver_steps // self.student_scheduler.num_phases):
-            following = self._lower(timesteps, self.student_scheduler.solver_timestep)
+            following = self._lower(timesteps, is_condition, self.student_scheduler.solver_timestep)
             x0 = self._teacher_x0(solved, timesteps, batch.prompt_embeds, rows, scale)
             solved, timesteps = ddim_step(solved, x0, timesteps, following, self.alphas), following
         jumped = self._jump(self.module, noisy, tops, boundary, batch.prompt_embeds, rows, more)
         error = (jumped - solved)[:, 1:].square().mean(dim=(0, 2, 3, 4)).unflatten(0, (G, -1)).mean(dim=1)  # [G]
         return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(error)}}
+
+    def step_flops(self, batch: EncodedBatch) -> float:
+        """The student's forward and backward, the target's forward, and one of the teacher for every branch."""
+        settings, sizes = self.settings, (batch.latents.shape, batch.prompt_embeds.shape[1])
+        scales = settings.teacher_guidance_scale, settings.teacher_control_guidance_scale
+        branches = 3 if settings.guidance_range else len(guidance_branches(*scales))
+        return super().step_flops(batch) + (1 + branches) * forward_flops(self.plain_module.config, *sizes)
 
     def after_optimizer_step(self, step: int) -> None:
         update_ema(self.target, self.plain_module, self.settings.ema_decay)

@@ -21,16 +21,16 @@ args.data_root = "../../datasets/game"  # str: directory that the index's video 
 args.index_file = "../../datasets/game/index.json"  # str: index of clips; its forms are in data/README.md
 args.height_buckets = [480]  # list[int]: heights in pixels, multiples of 16
 args.width_buckets = [720]  # list[int]: widths in pixels, multiples of 16
-args.frame_buckets = [33]  # list[int]: raw frames of a window; W=2 latent frames per group
+args.frame_buckets = [17, 33]  # list[int]: raw frames of a window: one (for live use) and two latent frames per group
 args.fps = 16  # int: frames per second the model sees; videos of other rates are resampled by time
 args.dataloader_num_workers = 8  # int: processes that decode videos
 args.latent_cache_dir = ""  # str: directory made by common.tools.precompute; "" encodes while training
-args.caption_dropout = 0.1  # float: share of samples trained without caption, for guidance
+args.caption_dropout = 0.0  # float: share of samples trained without caption; the student needs none
 
 # --- sliding window
 args.num_noise_groups = 4  # int: as in stage 3
 args.uniform_timestep_share = 0.2  # float: share of samples with one timestep for all frames: a stream's start
-args.control_dropout = 0.0  # float: share of samples with the null signal; the student needs no guidance
+args.control_dropout = 0.0  # float: share of samples with the null signal; the student needs none
 
 # --- distillation
 args.phases_per_group = 1  # int: forwards per window shift of the distilled model
@@ -61,5 +61,3 @@ args.validation_prompts = [  # list[str]: one sample video each
     "A car drives along a desert road at noon, seen from behind, with mesas on the horizon under a clear sky.",
 ]
 args.validation_control = "D*32,DL*32,D*32,DR*33"  # str: control of the sample videos, signal*raw frames
-args.validation_guidance_scale = 1.0  # float: the student has learnt guidance: 1
-args.validation_control_guidance_scale = 1.0  # float: likewise

@@ -57,9 +57,9 @@ def guided(text_scale, control_scale, batch=2):
         (6, 1, 2, 6 * TEXT + SIGNAL),  # on text alone the signals stay as they are
         (1, 3, 2, TEXT + 3 * SIGNAL),
         (6, 3, 3, 6 * TEXT + 3 * SIGNAL),
-        (4, 4, 2, 4 * (TEXT + SIGNAL)),
+        (4, 4, 3, 4 * (TEXT + SIGNAL)),
         (2, 5, 3, 2 * TEXT + 5 * SIGNAL),
-        (0, 0, 1, 0),
+        (0, 0, 3, 0),
         (1, 0, 1, TEXT),
     ],
 )

@@ -48,7 +48,7 @@ class Oracle(torch.nn.Module):
 
 def make_stream(controls, scheduler="ddim", width=2, steps=8, seed=0, oracle=None, init=None, chunks=None, **config):
     scheduler = SCHEDULERS[scheduler](frames_per_group=width, **config)
-    steps = None if hasattr(scheduler, "num_phases") else steps
+    steps = None if scheduler.is_distilled else steps
     batch = len(controls)
     oracle = oracle or Oracle()
     denoiser = GuidedDenoiser(oracle, guidance_branches(1, 1), torch.zeros(batch, 2, 3), None, VOCABULARY)
