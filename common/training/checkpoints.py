@@ -4,7 +4,7 @@
       weights.safetensors     trained parameters and persistent buffers of the objective's module
       optimizer.safetensors   AdamW's moments
       ema.safetensors …       one file for each of the objective's checkpoint_modules
-      state.json              step, sums of the log line under way, processes × batch
+      state.json              step, sums of the log line under way, processes × batch, digest of the base
       settings.json           the settings of the run
 
 The data's position, the learning rate and every random number are functions of the step (and of the seed), so the
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config.errors import UserError
+from common.data.fingerprint import component_digest
 from common.training.optimizers import ENDLESS_SCHEDULES
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -173,6 +174,29 @@ def check_same_run(where: Path, saved: dict[str, Any], settings: Any) -> None:
     if differences:
         raise UserError(
             f"{where} was made with other settings: {'; '.join(differences)}; restore them or choose another output_dir"
+        )
+
+
+def base_digest(settings: Any) -> str | None:
+    """A hash of the weights that the run starts from, wherever they lie; None for a hub id, which stays as it is.
+
+    It costs reading some 64 MB a file (see fingerprint.py), whatever the model's size.
+    """
+    transformer = Path(settings.pretrained_model_name_or_path) / "transformer"
+    return component_digest(transformer) if transformer.is_dir() else None
+
+
+def check_same_base(where: Path, saved: dict[str, Any], digest: str | None, settings: Any) -> None:
+    """Refuses to continue, or to call finished, what was trained from weights that have been replaced since.
+
+    Args:
+        saved: holds "base", the digest when the run that wrote `where` started.
+        digest: now.
+    """
+    if saved.get("base") != digest and None not in (saved.get("base"), digest):
+        raise UserError(
+            f"{where} was trained from {settings.pretrained_model_name_or_path}, whose transformer has changed since; "
+            f"to train anew remove {settings.output_dir} or choose another output_dir"
         )
 
 

@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.training.checkpoints import check_same_run, flush_to_disk
+from common.training.checkpoints import base_digest, check_same_base, check_same_run, flush_to_disk
 from common.training.objective import Objective
 
 MARK = "training_finished.json"
 
 
 def is_finished(output_dir: Path, settings: Any) -> bool:
-    """True if a run with these settings has been exported. UserError if it is finished, but with other settings."""
+    """True if a run with these settings has been exported. UserError if it was one with other settings, or from a base
+    that has been trained anew since."""
     mark = output_dir / MARK
     if not mark.is_file() or settings.resume_from_checkpoint != "latest":
         return False
     finished = json.loads(mark.read_text())
     check_same_run(output_dir, finished["settings"], settings)
+    check_same_base(output_dir, finished, base_digest(settings), settings)
     return finished["step"] >= settings.max_train_steps
 
 
@@ -41,12 +43,14 @@ def export_pipeline(
     output_dir: Path,
     step: int,
     settings: Any,
+    base: str | None,
     skeleton: nn.Module | None,
     weights: dict[str, Tensor] | None,
 ) -> None:
     """Calls `objective.export` with a whole, unwrapped module, then writes the mark.
 
     Args:
+        base: digest of the weights that the run started from, for the mark.
         skeleton, weights: for sharded modules, an empty twin and the gathered weights (on the CPU).
     """
     mark = output_dir / MARK
@@ -60,7 +64,7 @@ def export_pipeline(
     with torch.no_grad():
         objective.export(output_dir)
     partial = mark.with_suffix(".tmp")
-    partial.write_text(json.dumps({"step": step, "settings": settings.to_dict()}, indent=2) + "\n")
+    partial.write_text(json.dumps({"step": step, "base": base, "settings": settings.to_dict()}, indent=2) + "\n")
     flush_to_disk(partial)
     partial.replace(mark)
     flush_to_disk(output_dir)

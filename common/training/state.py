@@ -13,6 +13,7 @@ from common.training.export import export_pipeline, make_skeleton
 from common.training.metrics import FiniteGuard, Means
 from common.training.objective import Objective
 from common.training.random import seed_everything
+from common.training.sharding import prepare_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class TrainingState:
         self.output_dir = Path(settings.output_dir)
         self.step, self.saved_step = 0, -1
         self.means, self.guard = Means(accelerator.device), FiniteGuard(accelerator.device)
+        self.base = checkpoints.base_digest(settings)  # now: another run may replace the base while this one trains
         saved = self._check(checkpoint) if checkpoint is not None else {}
         accelerator.wait_for_everyone()  # until all have read what is there
         if accelerator.is_main_process:
@@ -42,7 +44,10 @@ class TrainingState:
 
         self._load_objective(checkpoint)
         module = objective.module
-        self.skeleton = make_skeleton(module) if accelerator.is_fsdp2 else None
+        self.skeleton = None
+        if accelerator.is_fsdp2:
+            self.skeleton = make_skeleton(module)
+            prepare_sharding(accelerator, module)
         # Optimizer and module go through `prepare` together: FSDP2 replaces the parameters.
         objective.module, self.optimizer = accelerator.prepare(module, optimizers.build_optimizer(settings, module))
         self.parameters = optimizers.trained_parameters(objective.plain_module)
@@ -59,6 +64,7 @@ class TrainingState:
         """The checkpoint's state.json, if this run may continue it."""
         checkpoints.check_same_run(checkpoint, checkpoints.read_json(checkpoint, "settings.json"), self.settings)
         saved = checkpoints.read_state(checkpoint)
+        checkpoints.check_same_base(checkpoint, saved, self.base, self.settings)
         if saved["samples_per_micro_step"] != self.samples_per_micro_step:
             raise UserError(
                 f"{checkpoint} was made with train_batch_size × processes = {saved['samples_per_micro_step']}, here "
@@ -106,7 +112,11 @@ class TrainingState:
             **{name: extra.state_dict() for name, extra in self.objective.checkpoint_modules().items()},
         }
         tensors = {name: optimizers.gather_tensors(part, keep) for name, part in parts.items()}
-        state = {"means": self.means.state(self.accelerator), "samples_per_micro_step": self.samples_per_micro_step}
+        state = {
+            "means": self.means.state(self.accelerator),
+            "samples_per_micro_step": self.samples_per_micro_step,
+            "base": self.base,
+        }
         if keep:
             path = checkpoints.write_checkpoint(self.output_dir, self.step, tensors, state, self.settings)
             checkpoints.keep_newest(self.output_dir, self.settings.checkpoints_total_limit)
@@ -120,6 +130,8 @@ class TrainingState:
         if self.skeleton is not None:
             weights = optimizers.gather_tensors(self.objective.plain_module.state_dict(), keep)
         if keep:
-            export_pipeline(self.objective, self.output_dir, self.step, self.settings, self.skeleton, weights)
+            export_pipeline(
+                self.objective, self.output_dir, self.step, self.settings, self.base, self.skeleton, weights
+            )
             logger.info("finished: %s", self.output_dir)
         self.accelerator.wait_for_everyone()

@@ -1,18 +1,28 @@
 """Gathering and placing sharded state (FSDP2), with one process and no GPU, against an unsharded twin."""
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from common.cogvideox.rotary import rotary_positional_embeddings
+from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.training import optimizers
 from common.training.checkpoints import module_state
 from common.training.ema import update_ema
 from common.training.export import make_skeleton
+from common.training.sharding import prepare_sharding
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -70,3 +80,55 @@ def test_sharded_module_is_saved_and_restored_like_its_twin(one_process_group):
     update_ema(average, fresh, 0.75)
     for key, value in average.state_dict().items():
         torch.testing.assert_close(value, 0.75 * before[key] + 0.25 * after[key])
+
+
+def small_transformer(control_dim):
+    torch.manual_seed(0)
+    return CogVideoXControlTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, time_embed_dim=16, text_embed_dim=8,
+        max_text_seq_length=4, sample_height=4, sample_width=4, sample_frames=9, use_rotary_positional_embeddings=True,
+        control_dim=control_dim, control_start_layer=0, control_end_layer=2, control_zero_init=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("control_dim", [12, None])
+def test_sharded_bf16_model_computes_what_autocast_computes_and_adds_gradients_in_float32(
+    one_process_group, monkeypatch, control_dim
+):
+    accelerate_config = yaml.safe_load((ROOT / "scripts" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", accelerate_config["fsdp_transformer_layer_cls_to_wrap"])
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_mixed_precision("bf16")
+    accelerator = SimpleNamespace(  # accelerate's own knows no FSDP on a CPU
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", device=torch.device("cpu"),
+        is_main_process=False,
+    )  # fmt: skip
+    whole = small_transformer(control_dim)
+    sharded = copy.deepcopy(whole)
+    prepare_sharding(accelerator, sharded)
+    fsdp2_prepare_model(accelerator, sharded)
+    units = [type(m).__name__ for m in sharded.modules() if isinstance(m, FSDPModule)]
+    assert sum("CogVideoXBlock" in name for name in units) == 2
+    assert sum("ControlBlock" in name for name in units) == (2 if control_dim else 0)
+    policies = {m._get_fsdp_state()._mp_policy for m in sharded.modules() if isinstance(m, FSDPModule)}
+    assert [(p.param_dtype, p.reduce_dtype, p.output_dtype, p.cast_forward_inputs) for p in policies] == [
+        (torch.bfloat16, torch.float32, None, False)
+    ]
+
+    latents = torch.randn(2, 3, 16, 4, 4)
+    call = {
+        "hidden_states": latents.bfloat16(), "encoder_hidden_states": torch.randn(2, 4, 8).bfloat16(),
+        "timestep": torch.tensor([100, 900]), "control_embeds": torch.randn(2, 3, control_dim) if control_dim else None,
+        "image_rotary_emb": rotary_positional_embeddings(whole.config, latents.shape, latents.device),
+        "return_dict": False,
+    }  # fmt: skip
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = whole(**call)[0].float()
+    output = sharded(**call)[0]
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, atol=0, rtol=0)
+    for result in (expected, output):
+        result.square().mean().backward()
+    got = torch.cat([p.grad.full_tensor().flatten() for p in sharded.parameters()])
+    wanted = torch.cat([p.grad.flatten() for p in whole.parameters()])
+    assert got.dtype == torch.float32 and (got - wanted).norm() < 1e-2 * wanted.norm()

@@ -1,0 +1,25 @@
+"""FSDP2, which accelerate sets up from scripts/accelerate/fsdp2.yaml, made to compute what DDP computes.
+
+Of itself accelerate would add up bf16 gradients in bf16, round every input to bf16 (rotary angles too), leave autocast
+out, and refuse a class to wrap that a stage's model has none of.
+"""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+def prepare_sharding(accelerator: Accelerator, module: nn.Module) -> None:
+    """To be called before `accelerator.prepare(module)`: changes accelerate's plan and the module's forward."""
+    plugin = accelerator.state.fsdp_plugin
+    present = {type(part).__name__ for part in module.modules()}
+    plugin.transformer_cls_names_to_wrap = [n for n in plugin.transformer_cls_names_to_wrap or [] if n in present]
+    if accelerator.mixed_precision == "bf16":
+        # Weights travel in bf16, in which they are used; gradients are added up in the masters' float32.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+        module.forward = convert_outputs_to_fp32(autocast(module.forward))
