@@ -37,7 +37,7 @@ def seed_everything(*key: int | str) -> None:
 
 
 class SampleRandom:
-    """The draws of one micro-batch: one generator per sample, and one that all samples and processes share.
+    """The draws of one micro-batch: one generator per sample.
 
     Args:
         seed: the run's seed.
@@ -49,12 +49,9 @@ class SampleRandom:
     def __init__(self, seed: int, step: int, slots: Sequence[int] | Tensor, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.slots = [int(slot) for slot in slots]
-        self.generators = [self._generator("sample", seed, step, slot) for slot in self.slots]
-        # For what has to agree over the batch and over processes, such as "one timestep for all frames in this step".
-        self.shared = self._generator("shared", seed, step)
-
-    def _generator(self, *key: int | str) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(derive_seed(*key))
+        self.generators = [
+            torch.Generator(self.device).manual_seed(derive_seed("sample", seed, step, slot)) for slot in self.slots
+        ]
 
     def __len__(self) -> int:
         return len(self.generators)
@@ -77,7 +74,3 @@ class SampleRandom:
     def bernoulli(self, probability: float) -> Tensor:
         """Bool [B], True with `probability`. Draws a number even at 0 and 1, so that a setting moves no later draw."""
         return self.uniform() < probability
-
-    def shared_uniform(self) -> float:
-        """One number of [0, 1), the same for every sample, micro-batch and process of the step."""
-        return float(torch.rand((), generator=self.shared, device=self.device))

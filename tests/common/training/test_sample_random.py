@@ -44,11 +44,6 @@ def test_probability_moves_no_later_draw():
     assert torch.equal(rngs[0].normal((3,)), rngs[1].normal((3,)))
 
 
-def test_shared_draw_agrees_between_processes_and_differs_between_steps():
-    assert SampleRandom(0, 5, [0]).shared_uniform() == SampleRandom(0, 5, [1, 2]).shared_uniform()
-    assert SampleRandom(0, 5, [0]).shared_uniform() != SampleRandom(0, 6, [0]).shared_uniform()
-
-
 def test_global_generators_are_seeded():
     import random
 
