@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from common.cogvideox.noise_schedule import mix_noise
+from common.cogvideox.pipeline_io import LORA_NAME
 from common.config.errors import SettingError
 from common.config.settings import TrainingSettings
 from common.training.cogvideox_objective import VALIDATION_TIMESTEPS, CogVideoXObjective
@@ -83,15 +84,19 @@ class LoraObjective(CogVideoXObjective):
         return self.velocity_error(prediction, batch.latents, noise, timesteps).mean()
 
     def export(self, output_dir: Path) -> None:
-        """`pytorch_lora_weights.safetensors`, with rank and alpha in its metadata: diffusers loads it as trained."""
-        transformer = self.plain_module
+        """`pytorch_lora_weights.safetensors`, with rank and alpha in its metadata: diffusers loads it as trained.
+
+        Written beside and renamed, so that a killed run leaves no half of it.
+        """
+        transformer, partial = self.plain_module, output_dir / f".{LORA_NAME}.tmp"
         CogVideoXPipeline.save_lora_weights(
-            output_dir,
+            partial,
             transformer_lora_layers=get_peft_model_state_dict(transformer),
             **_collate_lora_metadata({"transformer": transformer}),
         )
+        (partial / LORA_NAME).replace(output_dir / LORA_NAME)
+        partial.rmdir()
 
     def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
         pipeline = CogVideoXPipeline(**self.components(self.plain_module))
-        pipeline.set_progress_bar_config(disable=True)
         return self.sample_clip(pipeline, prompt, seed, guidance_scale=self.settings.validation_guidance_scale)
