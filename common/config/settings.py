@@ -128,6 +128,10 @@ class TrainingSettings:
         if os.path.isabs(base) and not os.path.isdir(base):  # what is not absolute is a hub id
             what = "give a pipeline directory or a hub id (org/name)"
             raise SettingError("pretrained_model_name_or_path", f"{base} is no directory; {what}")
+        if os.path.realpath(base) == os.path.realpath(self.output_dir):
+            raise SettingError(
+                "output_dir", f"{self.output_dir} is the model that the run starts from; choose another directory"
+            )
         if not os.path.isdir(self.data_root):
             raise SettingError("data_root", f"{self.data_root} is no directory; give the one that holds the videos")
         for name in ("index_file", "validation_index_file"):
