@@ -22,6 +22,7 @@ from common.cogvideox.pipeline_io import (
 from common.cogvideox.rotary import rotary_positional_embeddings
 from common.config.errors import SettingError
 from common.config.settings import VAE_TIME_FACTOR
+from common.data.video_writer import to_frames
 from common.training.encoding import LatentEncoder
 from common.training.objective import Objective
 
@@ -50,19 +51,18 @@ class CogVideoXObjective(Objective):
         self.alphas = noise_schedule.alphas_with_clean_end(self.scheduler, device)
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         self.tokenizer = load_component(self.base_dir, "tokenizer")
-        # With a cache the text encoder serves "" and the validation prompts alone: not worth 10 GB of the GPU.
-        text_device = torch.device("cpu") if self.settings.latent_cache_dir else device
-        self.text_encoder = self._frozen("text_encoder", text_device)
         self.vae = self._frozen("vae", device)
         self.encoder = LatentEncoder(
             self.vae,
             self.tokenizer,
-            self.text_encoder,
+            self._frozen("text_encoder", device),
             max_sequence_length=self.settings.max_sequence_length,
             caption_dropout=self.settings.caption_dropout,
             device=device,
             dtype=weight_dtype,
         )
+        if self.settings.latent_cache_dir:  # which holds the captions: the text encoder is not worth 10 GB of the GPU
+            self.encoder.keep_only(self.settings.validation_prompts)
         transformer = load_component(self.base_dir, "transformer", self.transformer_dtype or weight_dtype)
         self.module = self.make_module(transformer.requires_grad_(False).to(device))
         # Steps of pure bf16 would round away: at lr 1e-5 most updates are smaller than half a bf16 digit.
@@ -72,8 +72,8 @@ class CogVideoXObjective(Objective):
         return load_component(self.base_dir, name, self.weight_dtype).requires_grad_(False).to(device)
 
     def components(self, transformer: nn.Module) -> dict[str, Any]:
-        """A pipeline's components with this transformer. No text encoder: it may be on another device than the
-        rest (see `load`), so prompts are encoded by `encoder`."""
+        """A pipeline's components with this transformer. No text encoder: it may be gone (see `load`), so prompts are
+        encoded by `encoder`."""
         return {
             "tokenizer": self.tokenizer,
             "text_encoder": None,
@@ -159,4 +159,4 @@ class CogVideoXObjective(Objective):
                 output_type="np",
                 **arguments,
             ).frames[0]
-        return (frames * 255).round().astype(np.uint8)
+        return to_frames(frames)

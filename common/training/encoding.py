@@ -78,8 +78,7 @@ class LatentEncoder:
     """Encodes either form of batch, draws the latents and drops captions.
 
     Args:
-        vae, tokenizer, text_encoder: frozen components. They may live on another device than the batch, which is
-            what one wants when every batch comes from the cache.
+        vae, tokenizer, text_encoder: frozen components. They may live on another device than the batch.
         max_sequence_length: text tokens L.
         caption_dropout: share of samples whose caption is replaced by "" in training, for classifier-free guidance.
         device, dtype: where the encoded batch goes, and the compute dtype of its prompt embeddings.
@@ -99,17 +98,24 @@ class LatentEncoder:
         self.vae, self.tokenizer, self.text_encoder = vae, tokenizer, text_encoder
         self.max_sequence_length, self.caption_dropout = max_sequence_length, caption_dropout
         self.device, self.dtype = torch.device(device), dtype
-        self._empty_prompt: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}
+
+    def keep_only(self, prompts: list[str]) -> None:
+        """Encodes these prompts and "", and lets go of the text encoder: no others can be encoded from here on."""
+        self._kept |= {prompt: self.encode_prompts([prompt])[0] for prompt in ["", *prompts]}
+        self.text_encoder = None
 
     @property
     def empty_prompt(self) -> Tensor:
         """The embedding [L, D] of "", encoded once."""
-        if self._empty_prompt is None:
-            self._empty_prompt = self.encode_prompts([""])[0]
-        return self._empty_prompt
+        if "" not in self._kept:
+            self._kept[""] = self.encode_prompts([""])[0]
+        return self._kept[""]
 
     def encode_prompts(self, captions: list[str]) -> Tensor:
         """T5 features [B, L, D], on the device and in the type of the encoded batch."""
+        if self.text_encoder is None:
+            return torch.stack([self._kept[caption] for caption in captions])
         embeds = encode_prompts(self.tokenizer, self.text_encoder, captions, self.max_sequence_length)
         return embeds.to(self.device, self.dtype)
 
