@@ -91,7 +91,8 @@ class RunLog:
     """`output_dir/logs/metrics.jsonl`, one JSON object a line, and accelerate's trackers. Main process only.
 
     Args:
-        start_step: lines of later steps are dropped: the run that wrote them was killed, and they are done again.
+        start_step: lines of later steps are dropped: the run that wrote them was killed, and they are done again. A run
+            that begins at 0 does step 0, the first validation, again as well.
     """
 
     def __init__(self, output_dir: Path, start_step: int, report_to: str, accelerator: Accelerator):
@@ -99,14 +100,15 @@ class RunLog:
         self.path = output_dir / "logs" / "metrics.jsonl"
         if not accelerator.is_main_process:
             return
+        first_step = start_step + 1 if start_step else 0  # of the lines to come
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
             replacement = self.path.with_suffix(".tmp")
             replacement.write_text("".join(line + "\n" for line in kept))
             os.replace(replacement, self.path)
         if report_to != "none":
-            options = {"tensorboard": {"purge_step": start_step + 1}, "wandb": {"name": output_dir.name}}
+            options = {"tensorboard": {"purge_step": first_step}, "wandb": {"name": output_dir.name}}
             name = {"tensorboard": "tensorboard", "wandb": "interactive-video-worlds"}[report_to]
             accelerator.init_trackers(name, init_kwargs={report_to: options[report_to]})
 
