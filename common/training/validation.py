@@ -4,6 +4,7 @@ Shapes: B batch · N raw frames · h w pixels.
 """
 
 import io
+import json
 import logging
 from collections import defaultdict
 from contextlib import contextmanager
@@ -95,10 +96,16 @@ class Validator:
         return dict(sums)
 
     def _show(self, step: int, index: int, prompt: str, frames: np.ndarray) -> None:
+        """Writes the video, and beside it the JSON from which common.tools.contact_sheet draws its signals."""
         path = Path(self.settings.output_dir) / "validation" / f"step-{step}-{index}.mp4"
         write_video(path, frames, self.settings.fps)
+        control = None if self.control is None else ",".join(self.control)
+        about = {"prompt": prompt, "control": control, "seed": VALIDATION_SEED + index, "step": step}
+        path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
         logger.info("step %d  sample video: %s", step, path)
         name = f"validation/{index}: {prompt[:60]}"
+        if control is not None:
+            name += f" ({self.settings.validation_control})"
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 add_tensorboard_video(tracker.tracker, name, frames, self.settings.fps, step)
