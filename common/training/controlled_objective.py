@@ -18,11 +18,9 @@ from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
 from common.data.control_signals import CONTROL_TOKENS, parse_control_string
-from common.training.cogvideox_objective import CogVideoXObjective
+from common.training.cogvideox_objective import TRAIN_TIMESTEPS, CogVideoXObjective
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
-
-TRAIN_TIMESTEPS = 1000  # of CogVideoX's schedulers
 
 
 def check_validation_control(settings: TrainingSettings, num_raw_frames: int = 1) -> None:

@@ -18,7 +18,8 @@ from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, sample_group_timesteps
 from common.config.errors import SettingError
 from common.config.settings import VAE_TIME_FACTOR
-from common.training.controlled_objective import TRAIN_TIMESTEPS, StreamingObjective, StreamingSettings
+from common.training.cogvideox_objective import TRAIN_TIMESTEPS
+from common.training.controlled_objective import StreamingObjective, StreamingSettings
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 

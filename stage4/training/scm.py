@@ -28,7 +28,8 @@ from common.cogvideox.pipeline_io import component_config, write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
-from common.training.controlled_objective import TRAIN_TIMESTEPS, StreamingObjective, StreamingSettings
+from common.training.cogvideox_objective import TRAIN_TIMESTEPS
+from common.training.controlled_objective import StreamingObjective, StreamingSettings
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom

@@ -1,0 +1,171 @@
+"""The losses of stages 2 to 4 in closed form: a transformer that knows the answer has none, whatever is drawn."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from common.cogvideox import noise_schedule
+from common.cogvideox.noise_schedule import CLEAN
+from common.config.errors import UserError
+from common.config.loader import load_settings
+from common.training.encoding import EncodedBatch
+from common.training.random import SampleRandom
+from tests.stages.conftest import ROOT, TINY
+
+B, F, C, H, W = 6, 9, 16, 4, 8
+
+
+def load(stage: int, base, *overrides: str):
+    config = ROOT / f"stage{stage}" / "training" / "miniworld_config.py"
+    words = [*TINY.split(), "--pretrained_model_name_or_path", str(base), *overrides]
+    if stage == 2:
+        words += ["--control_dim", "12", "--control_start_layer", "1", "--control_end_layer", "2"]
+    objective = load_settings(config, words).build_objective()
+    torch.manual_seed(0)
+    objective.load(torch.device("cpu"), torch.float32)
+    return objective
+
+
+@pytest.fixture
+def batch() -> EncodedBatch:
+    g = torch.Generator().manual_seed(0)
+    return EncodedBatch(
+        torch.randn(B, F, C, H, W, generator=g),
+        torch.randn(B, 16, 24, generator=g),
+        torch.randint(0, 9, (B, F), generator=g),
+        [str(i) for i in range(B)],
+    )
+
+
+def knows(objective, latents):
+    """A `predict` that returns the v which leads to `latents`; at level 0 what is clean tells nothing, nor need it."""
+
+    def predict(module, noisy, timesteps, prompt_embeds, control_embeds, **more):
+        alpha = noise_schedule.broadcast_to_sample(objective.alphas[timesteps], noisy)
+        return (alpha.sqrt() * noisy - latents) / (1 - alpha).sqrt()
+
+    return predict
+
+
+def test_stage3_has_no_loss_when_the_answer_is_known_and_forgives_the_condition_frame(tiny_models, batch, monkeypatch):
+    objective = load(3, tiny_models / "stage2", "--uniform_timestep_share", "0.5")
+    rng = SampleRandom(0, 0, range(B))
+    monkeypatch.setattr(objective, "predict", knows(objective, batch.latents))
+    assert objective.loss(batch, rng)[0] < 1e-8
+
+    def wrong_at_frame_0(*arguments):
+        v = knows(objective, batch.latents)(*arguments)
+        v[:, 0] += 1
+        return v
+
+    monkeypatch.setattr(objective, "predict", wrong_at_frame_0)
+    for share, loss in (("0", 0), ("1", 1 / F)):  # where all frames share a timestep, frame 0 is learnt like any
+        objective.settings.uniform_timestep_share = float(share)
+        assert objective.loss(batch, SampleRandom(0, 0, range(B)))[0].item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_stage3_tells_the_model_rising_noise_behind_a_clean_frame(tiny_models, batch, monkeypatch):
+    objective = load(3, tiny_models / "stage2", "--uniform_timestep_share", "0")
+    seen = {}
+
+    def predict(module, noisy, timesteps, prompt_embeds, control_embeds):
+        seen.update(noisy=noisy, timesteps=timesteps)
+        return torch.zeros_like(noisy)
+
+    monkeypatch.setattr(objective, "predict", predict)
+    objective.loss(batch, SampleRandom(0, 0, range(B)))
+    assert torch.equal(seen["noisy"][:, 0], batch.latents[:, 0]) and (seen["timesteps"][:, 0] == 0).all()
+    levels = seen["timesteps"][:, 1:].unflatten(1, (4, 2))  # [B,G,W]
+    assert (levels[..., 0] == levels[..., 1]).all() and (levels[:, 1:] - levels[:, :-1] == 250).all()
+    assert len(levels[:, 0].unique()) > 1 and levels.max() < 1000
+
+
+def test_stage3_window_is_cut_from_latents_and_signals_alike(tiny_models, batch):
+    objective = load(3, tiny_models / "stage2", "--window_frames", "17")
+    batch.latents[:] = torch.arange(F)[None, :, None, None, None].float()
+    batch.control_indices[:] = torch.arange(F)
+    cut = objective._cut_window(batch, SampleRandom(0, 0, range(B)))
+    assert cut.latents.shape[1] == 5
+    assert torch.equal(cut.latents[:, :, 0, 0, 0].long(), cut.control_indices)
+    assert len(cut.control_indices[:, 0].unique()) > 1 and (cut.control_indices.diff(dim=1) == 1).all()
+    assert objective.num_video_tokens(batch.latents) == B * 5 * (H // 2) * (W // 2)
+
+
+@pytest.mark.parametrize("phases", ["1", "2"])
+@pytest.mark.parametrize("continuous", ["False", "True"])
+def test_stage4_has_no_loss_when_all_three_know_the_answer(tiny_models, batch, monkeypatch, phases, continuous):
+    objective = load(
+        4, tiny_models / "stage3", "--phases_per_group", phases, "--continuous_offsets", continuous,
+        "--uniform_timestep_share", "0.5",
+    )  # fmt: skip
+    monkeypatch.setattr(objective, "predict", knows(objective, batch.latents))
+    for step in range(4):
+        assert objective.loss(batch, SampleRandom(0, step, range(B)))[0] < 1e-6
+    assert objective.validation_loss(batch, SampleRandom(0, 0, range(B)))["loss"] < 1e-6
+    perfect = objective.predict
+
+    def student_errs(module, *arguments, **more):
+        return perfect(module, *arguments, **more) + (module is objective.module)
+
+    monkeypatch.setattr(objective, "predict", student_errs)
+    assert objective.loss(batch, SampleRandom(0, 0, range(B)))[0] > 1e-3
+
+
+def test_stage4_target_on_the_boundary_is_the_teachers_own_point(tiny_models, batch, monkeypatch):
+    """One solver step per phase: every teacher step reaches the boundary, and what the target says has no effect."""
+    objective = load(4, tiny_models / "stage3", "--num_solver_steps", "4", "--uniform_timestep_share", "0")
+    honest = objective.predict
+
+    def target_raves(module, *arguments, **more):
+        return honest(module, *arguments, **more) + 100 * (module is objective.target)
+
+    expected = objective.loss(batch, SampleRandom(0, 0, range(B)))[0]
+    monkeypatch.setattr(objective, "predict", target_raves)
+    assert torch.equal(objective.loss(batch, SampleRandom(0, 0, range(B)))[0], expected)
+
+
+def test_stage4_takes_condition_and_groups_from_stage3(tiny_models, batch, tmp_path):
+    base = tmp_path / "stage3"
+    shutil.copytree(tiny_models / "stage3", base)
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "condition_timestep": 50}))
+    objective = load(4, base, "--uniform_timestep_share", "0.5")
+    timesteps, is_condition = objective._sample_timesteps(F, SampleRandom(0, 0, range(32)))
+    assert (timesteps[is_condition] == 50).all() and is_condition[:, 0].any() and not is_condition[:, 1:].any()
+    assert objective.student_scheduler.config.condition_timestep == 50
+    assert CLEAN not in timesteps
+    with pytest.raises(UserError, match=r"num_noise_groups: is 2; stage 3 made .* with 4"):
+        objective.settings.num_noise_groups = 2
+        objective.describe()
+
+
+def test_stage4_draws_its_guidance_and_stores_the_range(tiny_models, batch):
+    objective = load(4, tiny_models / "stage3", "--guidance_range", "1", "3", "--cond_proj_dim", "8")
+    loss, _ = objective.loss(batch, SampleRandom(0, 0, range(B)))
+    loss.backward()
+    assert objective.module.time_embedding.cond_proj.weight.grad.any()
+    assert objective.student_scheduler.config.guidance_range == [1.0, 3.0]
+
+
+def test_stage2_measures_the_signals_worth_at_equal_noise(tiny_base, batch):
+    """A new adapter does nothing, so its signal is worth exactly nothing."""
+    objective = load(2, tiny_base)
+    losses = objective.validation_loss(batch, SampleRandom(0, 0, range(B)))
+    assert torch.equal(losses["loss"], losses["loss_without_control"])
+
+
+def test_control_and_caption_are_dropped_independently(tiny_models, batch):
+    objective = load(3, tiny_models / "stage2", "--control_dropout", "0.3", "--caption_dropout", "0.3")
+    n = 400
+    rng = SampleRandom(0, 0, range(n))
+    pixels = {"latent_moments": torch.zeros(n, F, 2 * C, 1, 1), "prompt_embeds": torch.ones(n, 16, 24)}
+    many = {**pixels, "captions": [""] * n, "sample_ids": [""] * n, "control_indices": torch.zeros(n, F).long()}
+    encoded = objective.encoder.encode(many, rng)
+    no_text = ~(encoded.prompt_embeds == 1).all(dim=(1, 2))
+    rows = objective.control_embeds(encoded, rng)
+    no_control = (rows == objective.vocabulary.null).all(dim=(1, 2))
+    assert no_text.float().mean().item() == pytest.approx(0.3, abs=0.07)
+    assert no_control.float().mean().item() == pytest.approx(0.3, abs=0.07)
+    assert (no_text & no_control).float().mean().item() == pytest.approx(0.09, abs=0.05)
