@@ -89,6 +89,29 @@ def tiny_base(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_lora(tmp_path_factory, tiny_base) -> Path:
+    """Directory of a LoRA for the tiny base as stage 1 writes it, rank 4 and alpha 2, all factors drawn. Read only."""
+    from diffusers import CogVideoXPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from common.cogvideox.pipeline_io import load_component
+
+    path = tmp_path_factory.mktemp("tiny_lora")
+    transformer = load_component(tiny_base, "transformer")
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=2.0, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    layers, metadata = get_peft_model_state_dict(transformer), _collate_lora_metadata({"transformer": transformer})
+    CogVideoXPipeline.save_lora_weights(path, transformer_lora_layers=layers, **metadata)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory, tiny_base) -> Path:
     """Holds stage2, stage3 and stage4: untrained models as those stages write them. Read only."""
     from common.cogvideox.control_adapter import ControlVocabulary
@@ -118,6 +141,22 @@ def tiny_world(tmp_path_factory) -> Path:
     words = "--num_clips 4 --num_frames 33 --height 32 --width 64 --num_workers 0 --output_dir"
     make_videos.make_videos(make_videos.parse_arguments([*words.split(), str(path)]))
     return path
+
+
+@pytest.fixture
+def run_program(monkeypatch, capsys):
+    """Runs a program in this process, by its path from the root; returns what it said on stdout. It has to succeed."""
+
+    def run(program: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [program, *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        shown = capsys.readouterr()
+        assert end.value.code == 0, shown.err
+        return shown.out
+
+    return run
 
 
 @pytest.fixture

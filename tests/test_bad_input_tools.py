@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
@@ -21,21 +17,10 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-@pytest.fixture(scope="session")
-def lora(tmp_path_factory, tiny_base) -> Path:
-    """A directory with a LoRA of the tiny base, as stage 1 writes it."""
-    path = tmp_path_factory.mktemp("bad_input_lora")
-    transformer = load_component(tiny_base, "transformer")
-    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    layers, metadata = get_peft_model_state_dict(transformer), _collate_lora_metadata({"transformer": transformer})
-    CogVideoXPipeline.save_lora_weights(path, transformer_lora_layers=layers, **metadata)
-    return path
-
-
 FUSE = "stage1/fuse_lora_weights.py"
 
 
-def test_fusing(refused, lora, tiny_models, tiny_base, tmp_path):
+def test_fusing(refused, tiny_lora, tiny_models, tiny_base, tmp_path):
     def fuse(base, path, output=tmp_path / "fused", *more):
         line = refused(FUSE, "--pretrained_model_path", base, "--lora_path", path, "--output_dir", output, *more)
         assert not (tmp_path / "fused").exists()
@@ -47,14 +32,14 @@ def test_fusing(refused, lora, tiny_models, tiny_base, tmp_path):
     smaller = type(transformer).from_config({**transformer.config, "num_layers": 1})
     shutil.rmtree(small / "transformer")
     smaller.save_pretrained(small / "transformer")
-    assert "belongs to another model: the base has no layer transformer_blocks." in fuse(small, lora)
+    assert "belongs to another model: the base has no layer transformer_blocks." in fuse(small, tiny_lora)
     assert "no LoRA at" in fuse(tiny_base, tiny_base)
-    assert "here belongs a text-to-video pipeline" in fuse(tiny_models / "stage2", lora)
-    assert "holds a LoRA, not a pipeline" in fuse(lora, lora)
+    assert "here belongs a text-to-video pipeline" in fuse(tiny_models / "stage2", tiny_lora)
+    assert "holds a LoRA, not a pipeline" in fuse(tiny_lora, tiny_lora)
     damaged = tmp_path / "pytorch_lora_weights.safetensors"
-    damaged.write_bytes((lora / damaged.name).read_bytes()[:3000])
+    damaged.write_bytes((tiny_lora / damaged.name).read_bytes()[:3000])
     assert "is not a LoRA file" in fuse(tiny_base, damaged)
-    assert "is no directory; choose another" in fuse(tiny_base, lora, damaged / "out")
+    assert "is no directory; choose another" in fuse(tiny_base, tiny_lora, damaged / "out")
 
 
 INFERENCE_MISTAKES = [

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
+from common.cogvideox.pipeline_io import load_component, write_pipeline
 from common.config.errors import UserError
 from common.tools.fuse_lora_weights import fuse_lora_weights, stored_dtype
 
@@ -17,34 +15,16 @@ CALL = {
 }  # fmt: skip
 
 
-def write_lora(base: str, directory, rank: int = 4, alpha: float = 2.0, seed: int = 0) -> None:
-    pipeline = CogVideoXPipeline.from_pretrained(base)
-    pipeline.transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in pipeline.transformer.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    CogVideoXPipeline.save_lora_weights(
-        directory,
-        transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer),
-        **_collate_lora_metadata({"transformer": pipeline.transformer}),
-    )
-
-
 def run(pipeline: CogVideoXPipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(generator=torch.Generator().manual_seed(1), **CALL).frames[0]
 
 
-def test_fused_equals_unfused_with_alpha_other_than_rank(tiny_base, tmp_path):
-    write_lora(tiny_base, tmp_path / "lora", rank=4, alpha=2.0)
-    fuse_lora_weights(tiny_base, tmp_path / "lora", tmp_path / "fused")
+def test_fused_equals_unfused_with_alpha_other_than_rank(tiny_base, tiny_lora, tmp_path):
+    fuse_lora_weights(tiny_base, tiny_lora, tmp_path / "fused")
     fused = CogVideoXPipeline.from_pretrained(tmp_path / "fused")
     unfused = CogVideoXPipeline.from_pretrained(tiny_base)
-    unfused.load_lora_weights(tmp_path / "lora")
+    unfused.load_lora_weights(tiny_lora)
     expected = run(unfused)
     np.testing.assert_allclose(run(fused), expected, atol=2e-5)
     assert np.abs(expected - run(CogVideoXPipeline.from_pretrained(tiny_base))).max() > 1e-3
@@ -56,13 +36,23 @@ def test_fused_equals_unfused_with_alpha_other_than_rank(tiny_base, tmp_path):
     torch.testing.assert_close(fused.transformer.get_submodule(weight).weight.double(), base + delta, rtol=0, atol=1e-6)
 
 
-def test_scale_and_dtype(tiny_base, tmp_path):
-    write_lora(tiny_base, tmp_path / "lora")
-    fuse_lora_weights(tiny_base, tmp_path / "lora", tmp_path / "none", lora_scale=0.0, dtype=torch.bfloat16)
+def test_scale_and_dtype(tiny_base, tiny_lora, tmp_path):
+    fuse_lora_weights(tiny_base, tiny_lora, tmp_path / "none", lora_scale=0.0, dtype=torch.bfloat16)
     fused = CogVideoXPipeline.from_pretrained(tmp_path / "none", torch_dtype=torch.bfloat16).transformer.state_dict()
     base = CogVideoXPipeline.from_pretrained(tiny_base).transformer.state_dict()
     assert all(torch.equal(fused[key], value.bfloat16()) for key, value in base.items())
     assert stored_dtype(tmp_path / "none" / "transformer") == torch.bfloat16
+
+
+def test_a_base_from_the_hub_keeps_its_type(tiny_base, tiny_lora, tmp_path, monkeypatch):
+    """The hub id is no folder here: what lies in its snapshot says which type the weights have."""
+    base = tmp_path / "snapshot"
+    transformer = load_component(tiny_base, "transformer", torch.bfloat16)
+    write_pipeline(base, tiny_base, "CogVideoXPipeline", {"transformer": transformer})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"someone/model": str(base)}.__getitem__)
+    fuse_lora_weights("someone/model", tiny_lora, tmp_path / "fused")
+    assert stored_dtype(tmp_path / "fused" / "transformer") == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -74,12 +64,13 @@ def test_scale_and_dtype(tiny_base, tmp_path):
     ],
     ids=["other-depth", "other-width", "no-lora"],
 )
-def test_lora_of_another_model_is_refused(tiny_base, tmp_path, damage, message):
+def test_lora_of_another_model_is_refused(tiny_base, tiny_lora, tmp_path, damage, message):
     from safetensors.torch import load_file, save_file
 
-    write_lora(tiny_base, tmp_path / "lora")
     file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-    save_file({k: v.contiguous() for k, v in damage(load_file(file)).items()}, file)
+    file.parent.mkdir()
+    state = load_file(tiny_lora / file.name)
+    save_file({k: v.contiguous() for k, v in damage(state).items()}, file)
     with pytest.raises(UserError, match=message):
         fuse_lora_weights(tiny_base, tmp_path / "lora", tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
