@@ -17,6 +17,7 @@ import diffusers
 import torch
 import transformers
 
+from common.cogvideox.autoencoder import make_streamable
 from common.config.errors import UserError, one_line
 from common.config.model_directory import resolve_pipeline_directory
 
@@ -113,6 +114,8 @@ def load_component(
         raise UserError(
             f"{directory / name} could not be loaded as {loaded_class.__name__}: {_first_line(error)}"
         ) from error
+    if isinstance(component, diffusers.AutoencoderKLCogVideoX):
+        make_streamable(component)  # diffusers decodes an even number of latents to three frames too many
     return component.eval() if isinstance(component, torch.nn.Module) else component
 
 

@@ -65,6 +65,11 @@ class Video:
     def __len__(self) -> int:
         return len(self.timestamps)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the first picture. Raises UnreadableVideo."""
+        return self._decode([0]).shape[1:3]
+
     def last_start(self, first: int, num_frames: int, fps: float) -> int:
         """The last source frame from which `num_frames` frames at `fps` fit, not before `first`. Raises
         ClipTooShort."""
@@ -77,14 +82,17 @@ class Video:
         """Source frames int [N] as uint8 [N, 3, height, width], resized and cropped. Raises
         UnreadableVideo."""
         wanted, inverse = np.unique(frames, return_inverse=True)  # decord seeks back for a frame asked for twice
+        pictures = torch.from_numpy(self._decode(wanted.tolist()))  # [≤N, h, w, 3]
+        return resize_and_crop(pictures.permute(0, 3, 1, 2), height, width)[inverse]
+
+    def _decode(self, frames: list[int]) -> np.ndarray:
         try:
-            pictures = self._reader.get_batch(wanted.tolist()).asnumpy()  # [≤N, h, w, 3]
+            return self._reader.get_batch(frames).asnumpy()
         except Exception as error:
             if "size must exactly match" in str(error):  # decord takes the padding of short rows for a fourth colour
                 raise UnreadableVideo(f"{self.path}: decord cannot read pictures narrower than 64 pixels") from error
             damage = one_line(error)[-80:]
             raise UnreadableVideo(f"{self.path}: cannot be decoded, it is truncated or damaged ({damage})") from error
-        return resize_and_crop(torch.from_numpy(pictures).permute(0, 3, 1, 2), height, width)[inverse]
 
 
 def last_start(timestamps: np.ndarray, first: int, num_frames: int, fps: float) -> int:
