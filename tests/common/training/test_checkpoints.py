@@ -158,6 +158,28 @@ def test_moved_tree_of_data_and_runs_is_the_same_run(toy_data, tmp_path):
         train(toy_settings(toy_data, tmp_path / "new" / "run", max_train_steps=4))
 
 
+def test_base_that_was_trained_anew_is_noticed_by_finished_and_by_resumed_runs(toy_data, tmp_path, caplog):
+    shutil.copytree(toy_data, tmp_path / "old" / "base")
+    weights = {"w": torch.arange(3.0)}
+    (tmp_path / "old" / "base" / "transformer").mkdir()
+    checkpoints.save_file(weights, tmp_path / "old" / "base" / "transformer" / "model.safetensors")
+
+    def run(root, last):
+        train(toy_settings(root / "base", root / "run", max_train_steps=last))
+
+    run(tmp_path / "old", 2)
+    shutil.copytree(tmp_path / "old", tmp_path / "new")  # copied as a whole: new times, the same content
+    with caplog.at_level("INFO"):
+        run(tmp_path / "new", 2)
+    assert "is finished (2 steps); nothing to do" in caplog.text
+    run(tmp_path / "new", 3)
+    checkpoints.save_file({"w": torch.ones(3)}, tmp_path / "new" / "base" / "transformer" / "model.safetensors")
+    for where in ("run", "run/checkpoint-3"):
+        with pytest.raises(UserError, match=f"{where} was trained from .*/base, whose transformer has changed since; "):
+            run(tmp_path / "new", 3)
+        (tmp_path / "new" / "run" / "training_finished.json").unlink(missing_ok=True)
+
+
 def test_weights_of_another_model_are_refused(toy_data, tmp_path):
     train(toy_settings(toy_data, tmp_path, max_train_steps=2))
     path = tmp_path / "checkpoint-2" / "weights.safetensors"
