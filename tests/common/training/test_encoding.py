@@ -60,6 +60,14 @@ def test_cached_batch_encodes_to_the_same_bits(pipeline, pixels):
     assert len(live) == 2 and live.sample_ids == ["a", "b"] and live.control_indices.shape == (2, 3)
 
 
+def test_kept_prompts_outlive_the_text_encoder(pipeline):
+    encoder = encoder_of(pipeline)
+    expected, empty = encoder.encode_prompts(CAPTIONS[::-1]), encoder_of(pipeline).empty_prompt
+    encoder.keep_only(CAPTIONS)
+    assert encoder.text_encoder is None
+    assert torch.equal(encoder.encode_prompts(CAPTIONS[::-1]), expected) and torch.equal(encoder.empty_prompt, empty)
+
+
 def test_scaling_factor_is_applied(pipeline):
     noise_free = torch.cat([torch.ones(1, 3, 16, 4, 6), torch.full((1, 3, 16, 4, 6), -100.0)], dim=2)
     batch = {"latent_moments": noise_free, "prompt_embeds": torch.zeros(1, 16, 24), "sample_ids": ["a"]}

@@ -11,9 +11,11 @@ from toy import ToyObjective, toy_settings
 
 from common.config.errors import UserError
 from common.data.loader import build_train_loader
+from common.tools.contact_sheet import make_contact_sheet, read_signals
 from common.training import checkpoints
 from common.training.random import seed_everything
 from common.training.trainer import Trainer
+from common.training.validation import VALIDATION_SEED
 
 
 def train(data, output_dir, accident: dict | None = None, **changes) -> None:
@@ -184,8 +186,10 @@ def test_validation_is_the_same_for_every_batch_size_and_writes_videos(toy_data,
     assert curves[2] == pytest.approx(curves[1], rel=1e-4) and curves[3] == pytest.approx(curves[1], rel=1e-4)
     assert curves[1][0] == pytest.approx(curves[1][4], rel=1e-4)  # next to nothing was learnt, and nothing else moved
 
-    videos = sorted(path.name for path in (tmp_path / "1" / "validation").iterdir())
+    videos = sorted(path.name for path in (tmp_path / "1" / "validation").glob("*.mp4"))
     assert videos == ["step-2-0.mp4", "step-2-1.mp4", "step-4-0.mp4", "step-4-1.mp4"]
+    about = json.loads((tmp_path / "1" / "validation" / "step-4-1.json").read_text())
+    assert about == {"prompt": "a field", "control": None, "seed": VALIDATION_SEED + 1, "step": 4}
     assert len(imageio.mimread(tmp_path / "1" / "validation" / videos[0], format="FFMPEG")) == 9
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -193,6 +197,28 @@ def test_validation_is_the_same_for_every_batch_size_and_writes_videos(toy_data,
     events = EventAccumulator(str(tmp_path / "1" / "logs" / "tensorboard")).Reload()
     image = events.Images("validation/0: a road")[-1]
     assert image.step == 4 and image.encoded_image_string.startswith(b"GIF89a")
+
+
+def test_run_killed_before_its_first_checkpoint_logs_step_0_once(toy_data, tmp_path):
+    with pytest.raises(UserError, match="out of memory"):
+        train(toy_data, tmp_path, accident={"out_of_memory_step": 3}, validation_steps=4)
+    assert [line["step"] for line in log_lines(tmp_path)] == [0, 1, 2, 3]
+    train(toy_data, tmp_path, validation_steps=4)
+    assert [line["step"] for line in log_lines(tmp_path)] == [0, 1, 2, 3, 4, 4]
+
+
+def test_sample_videos_with_control_go_into_a_contact_sheet(toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ToyObjective, "needs_control", True)
+    changes = {"validation_steps": 4, "validation_prompts": ["a road"], "validation_control": "D*4,DL*5"}
+    train(toy_data, tmp_path, report_to="tensorboard", **changes)
+    video = tmp_path / "validation" / "step-4-0.mp4"
+    assert read_signals(video) == ["D"] * 4 + ["DL"] * 5
+    assert make_contact_sheet([("toy", video)], num_columns=3).height == 96
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["validation/0: a road (D*4,DL*5)"]
 
 
 def test_validation_does_not_change_training(toy_data, tmp_path):
