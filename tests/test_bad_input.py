@@ -244,3 +244,9 @@ def test_outputs_below_a_file(launch, nothing_loaded, tmp_path):
     where = f"{file} is no directory; choose another"
     assert where in launch("--output_dir", file / "out")
     assert where in launch("--latent_cache_dir", file / "out", program=precompute.main)
+
+
+def test_an_output_over_the_base(launch, nothing_loaded, tiny_base, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_base)
+    line = launch("--output_dir", tmp_path / "link")
+    assert "output_dir: " in line and "is the model that the run starts from; choose another directory" in line

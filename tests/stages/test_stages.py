@@ -10,7 +10,9 @@ from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline, CogVid
 from common.cogvideox.pipeline_io import load_component
 from common.config.errors import UserError
 from common.data.loader import build_validation_batch
+from common.tools.precompute import precompute
 from common.training.random import SampleRandom
+from common.training.trainer import Trainer
 from tests.stages.conftest import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -72,6 +74,25 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tiny_stages, stage, tmp_
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[key], got[key]) for key in expected), file
     assert losses(unbroken, "loss") == losses(resumed, "loss")
+
+
+def test_training_on_a_cache_equals_training_on_the_videos_and_needs_no_text_encoder(tiny_stages, tmp_path):
+    options = ["--windows_per_clip", "2", "--max_train_steps", "2", "--validation_steps", "2"]
+    options += ["--validation_prompts", PROMPT, "--validation_num_inference_steps", "2"]
+    cache = ["--latent_cache_dir", str(tmp_path / "cache")]
+    precompute(tiny_stages.settings(1, tmp_path / "cached", *options, *cache))
+    tiny_stages.train(1, tmp_path / "plain", *options)
+    settings = tiny_stages.settings(1, tmp_path / "cached", *options, *cache)
+    objective = settings.build_objective()
+    Trainer(settings, objective).train()
+    assert objective.encoder.text_encoder is None
+    for file in ("checkpoint-2/weights.safetensors", "pytorch_lora_weights.safetensors"):
+        plain, cached = load_file(tmp_path / "plain" / file), load_file(tmp_path / "cached" / file)
+        assert all(torch.equal(cached[key], value) for key, value in plain.items())
+    assert losses(tmp_path / "plain", "validation/loss") == losses(tmp_path / "cached", "validation/loss")
+    videos = [(tmp_path / run / "validation" / "step-2-0.mp4").read_bytes() for run in ("plain", "cached")]
+    assert videos[0] == videos[1]
+    assert not list((tmp_path / "cached").glob(".*"))  # the LoRA was written beside and renamed
 
 
 def test_stage1_lora_loads_in_plain_diffusers_at_the_trained_strength(tiny_stages):
