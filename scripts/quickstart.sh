@@ -9,6 +9,8 @@ set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 need_environment
+# Training answers Ctrl-C by saving and leaving with 0; without this the next step would begin.
+trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
 
 world=outputs/miniworld
 videos="$world/drives"
@@ -22,14 +24,26 @@ python -m data.miniworld.make_videos --output_dir "$world" --num_clips 8 --seed 
 
 step "2/8  the base model: tokenizer, text encoder, VAE, text-to-video transformer"
 python -m data.miniworld.make_base --data_root "$world" --index_file "$world/index.json" --output_dir "$world/base"
+# A base made anew does not fit what was made from the one before.
+older="$world/of_an_older_base"
+if [[ -e "$world/latents/fingerprint.json" && "$world/base/model_index.json" -nt "$world/latents/fingerprint.json" ]]; then
+    echo "this base is new: what was made from an older one is put into $older"
+    rm -rf "$older"
+    mkdir "$older"
+    for made in stage1 stage1_fused stage2 stage3 stage4 latents; do
+        if [[ -e "$world/$made" ]]; then mv "$world/$made" "$older/"; fi
+    done
+fi
 
 step "3/8  latents and text features, once for all stages"
 python -m common.tools.precompute --config stage1/training/miniworld_config.py
 
 step "4/8  stage 1: LoRA, then fused into the base"
 (cd stage1 && bash train_text_to_video_lora.sh --config training/miniworld_config.py)
-python stage1/fuse_lora_weights.py --pretrained_model_path "$world/base" --lora_path "$world/stage1" \
-    --output_dir "$world/stage1_fused"
+if [[ ! "$world/stage1_fused/model_index.json" -nt "$world/stage1/pytorch_lora_weights.safetensors" ]]; then
+    python stage1/fuse_lora_weights.py --pretrained_model_path "$world/base" --lora_path "$world/stage1" \
+        --output_dir "$world/stage1_fused"
+fi
 
 step "5/8  stage 2: the control adapter"
 (cd stage2 && bash train_text_to_video_sft.sh --config training/miniworld_config.py)
@@ -41,30 +55,35 @@ step "7/8  stage 4: SCM distillation"
 (cd stage4 && bash train_text_to_video_scm.sh --config training/miniworld_config.py)
 
 step "8/8  drives: a clip of stages 1 and 2, streams of stages 3 and 4"
-size=(--height 64 --width 96 --fps 16 --seed 7 --prompt "$prompt")
+# drive STAGE MODEL ARGUMENT...: a video, unless it is there and newer than its model (its JSON is written last)
+drive() {
+    if [[ "$videos/$1.json" -nt "$world/$2/model_index.json" ]]; then
+        echo "$videos/$1.mp4 is there already"
+        return
+    fi
+    python "$1/inference.py" --model_path "$world/$2" --output "$videos/$1.mp4" --prompt "$prompt" \
+        --height 64 --width 96 --fps 16 --seed 7 "${@:3}"
+}
 short="D*16,DL*17"
 long="D*48,DL*48,D*32,DR*48,N*48,B*48,D*49" # 321 frames: 20 seconds
-python stage1/inference.py --model_path "$world/stage1_fused" --num_frames 33 --num_inference_steps 10 \
-    --guidance_scale 2 "${size[@]}" --output "$videos/stage1.mp4"
-python stage2/inference.py --model_path "$world/stage2" --control "$short" --num_inference_steps 10 \
-    --guidance_scale 1 --control_guidance_scale 2 "${size[@]}" --output "$videos/stage2.mp4"
-python stage3/inference.py --model_path "$world/stage3" --control "$long" --seconds 10 --num_inference_steps 8 \
-    --guidance_scale 1 --control_guidance_scale 2 "${size[@]}" --output "$videos/stage3.mp4"
-python stage4/inference.py --model_path "$world/stage4" --control "$long" --seconds 20 \
-    "${size[@]}" --output "$videos/stage4.mp4"
+drive stage1 stage1_fused --num_frames 33 --num_inference_steps 10 --guidance_scale 2
+drive stage2 stage2 --control "$short" --num_inference_steps 10 --guidance_scale 1 --control_guidance_scale 2
+drive stage3 stage3 --control "$long" --seconds 10 --num_inference_steps 8 --guidance_scale 1 --control_guidance_scale 2
+drive stage4 stage4 --control "$long" --seconds 20
 python -m common.tools.contact_sheet --output "$world/contact_sheet.png" \
     "mini world=$world/videos_heldout/00000.mp4" "stage 1=$videos/stage1.mp4" "stage 2=$videos/stage2.mp4" \
     "stage 3=$videos/stage3.mp4" "stage 4=$videos/stage4.mp4"
 
 step "done"
 cat << TEXT
-  a 20-second drive by stage 4:   $world/drives/stage4.mp4
+  a 20-second drive by stage 4:   $videos/stage4.mp4
   all stages at a glance:         $world/contact_sheet.png
   models:                         $world/{base,stage1,stage1_fused,stage2,stage3,stage4}
   losses, sample videos:          tensorboard --logdir $world
 
 What to try next:
   source .venv/bin/activate
-  python stage4/inference.py --model_path $world/stage4 --control "D*64,DL*64,DR*64" --seconds 60 --output minute.mp4
+  python stage4/inference.py --model_path $world/stage4 --prompt "A blue car drives through snow." \\
+      --control "D*64,DL*64,DR*64" --seconds 60 --output minute.mp4
   cd stage4 && bash train_text_to_video_scm.sh --config training/miniworld_config.py --max_train_steps 1000
 TEXT
