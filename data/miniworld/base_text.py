@@ -72,12 +72,3 @@ def make_text_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
         torch.manual_seed(seed)
         encoder = T5EncoderModel(config)
     return encoder.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def encode_captions(tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Sequence[str]) -> torch.Tensor:
-    """Prompt embeddings [B, L, D] float32, padded to MAX_TEXT_LENGTH as diffusers' CogVideoX pipelines do."""
-    tokens = tokenizer(
-        list(captions), padding="max_length", max_length=MAX_TEXT_LENGTH, truncation=True, return_tensors="pt"
-    )
-    return encoder(tokens.input_ids.to(encoder.device))[0].float()

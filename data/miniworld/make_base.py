@@ -37,6 +37,7 @@ from common.config.errors import UserError, run_cli
 from common.config.settings import VAE_TIME_FACTOR
 from common.data.index import ClipRecord, read_index
 from common.data.video import ClipError, ClipTooShort, Video
+from common.training.encoding import encode_prompts
 from data.miniworld import base_text, base_transformer, base_vae
 from data.miniworld.base_training import Budget, fit, save_beside
 from data.miniworld.muon import MuonAdam
@@ -211,7 +212,7 @@ def make_base(args: argparse.Namespace) -> Path:
     clips = [clip.to(args.device) for clip in read_clips(records, args.num_frames, args.height, args.width)]
     vae = make_vae(place, clips, args)
     captions = [*(record.caption for record in records), ""]
-    text = base_text.encode_captions(tokenizer, text_encoder, captions).to(args.device)
+    text = encode_prompts(tokenizer, text_encoder, captions, base_text.MAX_TEXT_LENGTH).to(args.device)
     transformer = make_transformer(place, vae, clips, text, args)
     pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, base_transformer.make_scheduler())
     place.finish("scheduler", pipeline.scheduler.save_pretrained)

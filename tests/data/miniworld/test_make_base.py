@@ -8,6 +8,7 @@ from diffusers import CogVideoXPipeline
 from transformers import T5EncoderModel, T5Tokenizer
 
 from common.data.video import read_clip
+from common.training.encoding import encode_prompts
 from data.miniworld import base_text, make_base, make_videos, muon
 from data.miniworld.base_training import Budget, fit, learning_rate
 from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS
@@ -136,7 +137,7 @@ def test_random_text_encoder_tells_captions_apart(tokenizer):
     encoder = base_text.make_text_encoder(len(tokenizer), seed=0)
     assert isinstance(encoder, T5EncoderModel) and not any(p.requires_grad for p in encoder.parameters())
     texts = ["A red car drives through snow.", "A blue car drives through snow.", "A red car drives through fog.", ""]
-    embeds = base_text.encode_captions(tokenizer, encoder, texts)
+    embeds = encode_prompts(tokenizer, encoder, texts, base_text.MAX_TEXT_LENGTH)
     assert embeds.shape == (4, base_text.MAX_TEXT_LENGTH, base_text.TEXT_DIM)
     assert 0.5 < embeds.std() < 2
     distance = torch.cdist(embeds.flatten(1), embeds.flatten(1)) / embeds.flatten(1).norm(dim=1).mean()
