@@ -4,7 +4,7 @@
     --windows_per_clip 4
 
 Takes a training config and its overrides; `latent_cache_dir` and `windows_per_clip` must be set. `--dry_run`
-says how much belongs into it; `--renew` first deletes a cache that other settings or weights made.
+says how much belongs into it; `--renew` first deletes what it holds, such as what other settings or weights made.
 Interrupted, it goes on when started again. On several GPUs: `accelerate launch -m common.tools.precompute …`;
 every process takes its share.
 
@@ -139,7 +139,7 @@ def precompute(settings: TrainingSettings, renew: bool = False) -> dict[str, int
     """Bring the cache up to date with the settings; returns how many windows and captions this process worked
     on.
 
-    `renew` first deletes what other settings made. Raises UserError.
+    `renew` first deletes all that the cache holds. Raises UserError.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts, captions = extents(settings)
