@@ -20,11 +20,13 @@ from common.cogvideox.pipeline_io import (
     resolve_pipeline_directory,
 )
 from common.cogvideox.rotary import rotary_positional_embeddings
-from common.config.errors import SettingError
+from common.config.errors import SettingError, UserError
 from common.config.settings import VAE_TIME_FACTOR
 from common.data.video_writer import to_frames
 from common.training.encoding import LatentEncoder
 from common.training.objective import Objective
+
+TRAIN_TIMESTEPS = 1000  # T of every CogVideoX scheduler; a base with another is refused
 
 # Where the held-out loss is measured: the middle of each quarter of the T timesteps, so that a curve means something.
 VALIDATION_TIMESTEPS = (125, 375, 625, 875)
@@ -131,6 +133,11 @@ class CogVideoXObjective(Objective):
         if length != wanted and not config.get("use_rotary_positional_embeddings"):
             raise SettingError(
                 "max_sequence_length", f"is {length}; the transformer of {base} takes {wanted}, no other"
+            )
+        timesteps = component_config(base, "scheduler", index)[1].get("num_train_timesteps", TRAIN_TIMESTEPS)
+        if timesteps != TRAIN_TIMESTEPS:
+            raise UserError(
+                f"the scheduler of {base} has {timesteps} train timesteps; only {TRAIN_TIMESTEPS} are known"
             )
 
     def velocity_error(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ rests on it), the rest for a text-to-video transformer that knows what the world
 
     python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base \
         --mixed_precision bf16 --compile --vae_steps 12000 --vae_image_share 0.2 --vae_batch_size 16 \
-        --vae_image_batch_size 64 --transformer_steps 10000 --transformer_batch_size 64 --transformer_windows 4000
+        --vae_image_batch_size 64 --transformer_steps 10000 --transformer_batch_size 64 --transformer_windows 4000 \
+        --transformer_learning_rate 3e-4
 
 The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's.
 Finished parts are kept, and a run that was killed goes on from a checkpoint at most a minute old. With --vae_steps
@@ -117,9 +118,6 @@ def make_vae(place: Workplace, clips: list[Tensor], args: argparse.Namespace) ->
     if not place.has("vae"):
         torch.manual_seed(args.seed)
         vae = base_vae.make_vae(args.height, args.width, tuple(args.vae_channels)).to(device)
-        if args.compile:
-            vae.encoder.compile()
-            vae.decoder.compile()
         train, heldout = clips[: -args.num_heldout], clips[-args.num_heldout :]
         windows = base_vae.Windows(train, args.seed)
         objective = base_vae.vae_objective(
@@ -267,7 +265,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_heads", type=int, default=4, help="attention heads, 64 wide each")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, for GPUs")
-    add("--compile", action="store_true", help="torch.compile; pays off from thousands of steps")
+    add("--compile", action="store_true", help="torch.compile for the transformer; pays off from hundreds of steps")
     add("--seed", type=whole_number(0), default=0)
     return parser.parse_args(argv)
 

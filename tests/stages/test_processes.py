@@ -15,37 +15,46 @@ from tests.stages.conftest import STAGE_ARGUMENTS, TINY
 
 ROOT = Path(__file__).parents[2]
 STAGE4 = ROOT / "stage4"
+CONFIG = str(STAGE4 / "training" / "miniworld_config.py")
 
 
 def all_of(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-@pytest.mark.slow
-def test_two_processes_train_stage_4_like_one_with_twice_the_batch(tiny_models, tiny_world, tmp_path):
-    base = tiny_models / "stage3"
-    config = str(STAGE4 / "training" / "miniworld_config.py")
+def settings_words(base: Path, world: Path) -> list[str]:
+    """Two steps of stage 4."""
     paths = {
-        "pretrained_model_name_or_path": base, "data_root": tiny_world, "index_file": tiny_world / "index.json",
+        "pretrained_model_name_or_path": base, "data_root": world, "index_file": world / "index.json",
         "validation_index_file": "",
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in paths.items()]
     words += [*TINY.split(), *STAGE_ARGUMENTS[4].split(), "--validation_prompts", "--validation_steps", "0"]
-    words += ["--num_validation_clips", "0", "--max_train_steps", "2"]
+    return [*words, "--num_validation_clips", "0", "--max_train_steps", "2"]
 
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {
-        "NUM_PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    launch = ["bash", str(STAGE4 / "train_text_to_video_scm.sh"), "--config", config, *words]
+
+def launch(*words: str, **environment: str) -> None:
+    """stage4/train_…sh with a sample a process."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = ["bash", str(STAGE4 / "train_text_to_video_scm.sh"), "--config", CONFIG, *words]
     run = subprocess.run(
-        [*launch, f"--output_dir={tmp_path / 'two'}", "--train_batch_size", "1"],
-        env=environment, text=True, capture_output=True, timeout=180,
+        [*command, "--train_batch_size", "1"], text=True, capture_output=True, timeout=180,
+        env=inherited | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
 
-    settings = load_settings(config, [*words, f"--output_dir={tmp_path / 'one'}", "--train_batch_size", "2"])
+
+def train_here(*words: str) -> None:
+    settings = load_settings(CONFIG, [*words, "--train_batch_size", "2"])
     Trainer(settings, settings.build_objective()).train()
+
+
+@pytest.mark.slow
+def test_two_processes_train_stage_4_like_one_with_twice_the_batch(tiny_models, tiny_world, tmp_path):
+    base = tiny_models / "stage3"
+    words = settings_words(base, tiny_world)
+    launch(*words, f"--output_dir={tmp_path / 'two'}", NUM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
+    train_here(*words, f"--output_dir={tmp_path / 'one'}")
 
     start = all_of(load_file(base / "transformer" / "diffusion_pytorch_model.safetensors"))
     for name in ("weights", "target"):
@@ -54,3 +63,17 @@ def test_two_processes_train_stage_4_like_one_with_twice_the_batch(tiny_models, 
         )
         assert (two - one).norm() < 1e-5 * one.norm()
         assert (two - one).norm() < 1e-3 * (one - start).norm()  # what was learnt
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_stage_4_sharded_over_two_gpus_learns_what_one_gpu_learns(tiny_models, tiny_world, tmp_path):
+    """In bf16, with FSDP2: control blocks, EMA and teacher beside the sharded student."""
+    words = [*settings_words(tiny_models / "stage3", tiny_world), "--mixed_precision", "bf16"]
+    fsdp2 = str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")
+    launch(*words, f"--output_dir={tmp_path / 'two'}", GPU_IDS="0,1", ACCELERATE_CONFIG_FILE=fsdp2)
+    train_here(*words, f"--output_dir={tmp_path / 'one'}")
+    moments = [load_file(tmp_path / run / "checkpoint-2" / "optimizer.safetensors") for run in ("two", "one")]
+    two, one = (all_of({k: v for k, v in run.items() if k.startswith("exp_avg:")}) for run in moments)
+    assert (two - one).norm() < 0.03 * one.norm()  # what the gradients were
+    assert (tmp_path / "two" / "model_index.json").is_file()
