@@ -2,13 +2,13 @@ r"""Trains the mini base model: a complete diffusers CogVideoX pipeline director
 
     python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base
 
-takes about five minutes on two CPU cores: 3.5 for the video autoencoder (the picture quality of everything later
-rests on it), the rest for a text-to-video transformer that knows what the world looks like. At length, on a GPU:
+takes six to seven minutes on two CPU cores: 3.5 of training for the video autoencoder (the picture quality of everything
+later rests on it), the rest for a text-to-video transformer that knows what the world looks like. On a GPU with
 
-    python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base \
-        --mixed_precision bf16 --compile --vae_steps 12000 --vae_image_share 0.2 --vae_batch_size 16 \
-        --vae_image_batch_size 64 --transformer_steps 10000 --transformer_batch_size 64 --transformer_windows 4000 \
-        --transformer_learning_rate 3e-4
+    --mixed_precision bf16 --vae_minutes 2.5 --vae_image_share 0.2 --vae_batch_size 16 --vae_image_batch_size 64
+
+the autoencoder reached 29.4 dB on held-out clips (one H200, 500 clips, 1163 steps; on two CPU cores it is about 22 dB).
+The transformer has not been trained at length yet: 2000 steps at batch 64 and a learning rate of 3e-4 were not stable.
 
 The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's.
 Finished parts are kept, and a run that was killed goes on from a checkpoint at most a minute old. With --vae_steps
