@@ -2,12 +2,13 @@ r"""Trains the mini base model: a complete diffusers CogVideoX pipeline director
 
     python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base
 
-takes six to seven minutes on two CPU cores: 3.5 of training for the video autoencoder (the picture quality of everything
-later rests on it), the rest for a text-to-video transformer that knows what the world looks like. On a GPU with
+takes six to seven minutes on two CPU cores: 3.5 of training for the video autoencoder (the picture quality of
+everything later rests on it), the rest for a text-to-video transformer that knows what the world looks like. With
 
     --mixed_precision bf16 --vae_minutes 2.5 --vae_image_share 0.2 --vae_batch_size 16 --vae_image_batch_size 64
 
-the autoencoder reached 29.4 dB on held-out clips (one H200, 500 clips, 1163 steps; on two CPU cores it is about 22 dB).
+on a GPU the autoencoder reached 29.4 dB on held-out clips (one H200, 500 clips, 1163 steps); on two CPU cores it is
+about 22 dB.
 The transformer has not been trained at length yet: 2000 steps at batch 64 and a learning rate of 3e-4 were not stable.
 
 The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's.
