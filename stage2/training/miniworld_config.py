@@ -19,7 +19,7 @@ args.validation_index_file = "../../outputs/miniworld/heldout.json"  # str: clip
 args.height_buckets = [64]  # list[int]: heights in pixels
 args.width_buckets = [96]  # list[int]: widths in pixels
 args.frame_buckets = [33]  # list[int]: raw frames of a training clip: 9 latent frames
-args.windows_per_clip = 2  # int: fixed windows per clip, as the cache needs
+args.windows_per_clip = 1  # int: fixed windows per clip, as the cache needs
 args.latent_cache_dir = "../../outputs/miniworld/latents"  # str: made once by common.tools.precompute, for all stages
 args.dataloader_num_workers = 0  # int: cached latents need no worker
 args.max_sequence_length = 64  # int: text tokens, as the mini base was made with
@@ -31,8 +31,8 @@ args.control_end_layer = 6  # int: one past the last
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
 
 # --- optimisation
-args.train_batch_size = 8  # int: samples per step
-args.max_train_steps = 150  # int: optimizer steps of the whole run
+args.train_batch_size = 4  # int: samples per step
+args.max_train_steps = 120  # int: optimizer steps of the whole run
 args.learning_rate = 1e-3  # float: peak learning rate of AdamW
 args.lr_warmup_steps = 10  # int: optimizer steps over which it rises from zero
 args.mixed_precision = "no"  # str: all float32
@@ -42,7 +42,7 @@ args.gradient_checkpointing = False  # bool: there is memory enough
 args.checkpointing_steps = 50  # int: optimizer steps between checkpoints
 args.checkpoints_total_limit = 1  # int | None: how many checkpoints are kept
 args.logging_steps = 10  # int: optimizer steps between log lines
-args.validation_steps = 150  # int: held-out loss at the start and the end, sample videos at the end
+args.validation_steps = 120  # int: held-out loss at the start and the end, sample videos at the end
 args.validation_prompts = [  # list[str]: one sample video each
     "A red car drives through a wide desert of sand under a clear sky, seen from behind, with the horizon far away.",
 ]
