@@ -68,7 +68,7 @@ short="D*16,DL*17"
 long="D*48,DL*48,D*32,DR*48,N*48,B*48,D*49" # 321 frames: 20 seconds
 drive stage1 stage1_fused --num_frames 33 --num_inference_steps 10 --guidance_scale 2
 drive stage2 stage2 --control "$short" --num_inference_steps 10 --guidance_scale 1 --control_guidance_scale 2
-drive stage3 stage3 --control "$long" --seconds 10 --num_inference_steps 8 --guidance_scale 1 --control_guidance_scale 2
+drive stage3 stage3 --control "$long" --seconds 6 --num_inference_steps 8 --guidance_scale 1 --control_guidance_scale 2
 drive stage4 stage4 --control "$long" --seconds 20
 python -m common.tools.contact_sheet --output "$world/contact_sheet.png" \
     "mini world=$world/videos_heldout/00000.mp4" "stage 1=$videos/stage1.mp4" "stage 2=$videos/stage2.mp4" \
