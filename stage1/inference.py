@@ -4,6 +4,7 @@ python stage1/inference.py --model_path outputs/stage1_fused --prompt "…" --ou
 python stage1/inference.py --model_path models/CogVideoX-2b --lora_path outputs/stage1 --prompt "…"
 """
 
+import numpy as np
 from diffusers import CogVideoXPipeline
 
 from common.cogvideox.pipeline_io import load_components, read_model_index
@@ -16,6 +17,7 @@ from common.tools.inference import (
     device_and_dtype,
     generator_for,
     make_parser,
+    one_chunk,
     parse_arguments,
     save,
 )
@@ -33,19 +35,23 @@ def main() -> None:
     if lora_file is not None:
         add_lora(pipeline.transformer, lora_file)
     pipeline.to(device)
-    video = pipeline(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
-        num_frames=args.num_frames,
-        height=args.height,
-        width=args.width,
-        num_inference_steps=args.num_inference_steps or 50,
-        guidance_scale=6.0 if args.guidance_scale is None else args.guidance_scale,
-        generator=generator_for(pipeline, args.seed),
-        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
-        output_type="np",
-    ).frames[0]
-    save(args, iter([to_frames(video)]), None, None)
+
+    def make() -> np.ndarray:
+        video = pipeline(
+            args.prompt,
+            negative_prompt=args.negative_prompt,
+            num_frames=args.num_frames,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.num_inference_steps or 50,
+            guidance_scale=6.0 if args.guidance_scale is None else args.guidance_scale,
+            generator=generator_for(pipeline, args.seed),
+            max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+            output_type="np",
+        ).frames[0]
+        return to_frames(video)
+
+    save(args, one_chunk(make), None, None)
 
 
 if __name__ == "__main__":

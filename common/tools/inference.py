@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def clip_length(args: argparse.Namespace, control: list[str] | None) -> int | No
     return num_frames
 
 
-def save(args: argparse.Namespace, chunks: Iterator[np.ndarray], control: list[str] | None, total: int | None) -> None:
+def save(args: argparse.Namespace, chunks: Iterable[np.ndarray], control: list[str] | None, total: int | None) -> None:
     """Writes chunks of uint8 frames [N,h,w,3] as they come, up to `total` frames, and a JSON of how they were made."""
     started = time.perf_counter()
     with (
@@ -148,6 +148,11 @@ def save(args: argparse.Namespace, chunks: Iterator[np.ndarray], control: list[s
     about |= {"control": None if control is None else ",".join(control), "num_frames": video.num_frames}
     args.output.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"{args.output}: {video.num_frames} frames in {seconds:.1f} s ({video.num_frames / seconds:.1f} a second)")
+
+
+def one_chunk(make: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+    """A whole clip as `save` takes it, made when it is asked for, so that its time counts. `make` → [N,h,w,3]."""
+    yield make()
 
 
 def read_init_video(args: argparse.Namespace, scheduler: SwinSchedulerMixin) -> torch.Tensor:
