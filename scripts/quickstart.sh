@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to an endless, controlled video on two CPU cores in under 20 minutes: draws the mini world, makes a base
+# From nothing to an endless, controlled video on two CPU cores in about 20 minutes: draws the mini world, makes a base
 # model of it, and takes that through the four stages by the same launch scripts as the 2B model.
 #
 #   bash scripts/quickstart.sh
