@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 WARM_UP = 0.05  # share of the budget
+EAGER_STEPS = 3  # of each kind of batch, before a CUDA graph is recorded
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,59 @@ def save_beside(state: object, path: Path) -> None:
     os.replace(partial, path)
 
 
+class TrainingStep:
+    """Loss, gradients (clipped to norm 1) and one optimizer step. On a GPU it is recorded once for every kind of batch
+    and then replayed as one CUDA graph: models this small wait for Python, not for the GPU.
+
+    Whatever changes from step to step must come in through the batch or lie in a tensor (the learning rate does).
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_of_batch: Callable[[Batch], Tensor]):
+        self.model, self.optimizer, self.loss_of_batch = model, optimizer, loss_of_batch
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.calls: dict[tuple, int] = {}
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss [] before the step; on a GPU it is overwritten by the next step of the same kind."""
+        if self.parameters[0].device.type != "cuda":
+            return self.run(batch)
+        kind = tuple((name, tensor.shape) for name, tensor in batch.items())
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= EAGER_STEPS:  # in a stream of their own, as recording needs it
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                loss = self.run(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return loss
+        if kind not in self.graphs:
+            inputs = {name: tensor.clone() for name, tensor in batch.items()}
+            self.optimizer.zero_grad(set_to_none=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = self.run(inputs)
+            self.graphs[kind] = graph, inputs, loss
+        graph, inputs, loss = self.graphs[kind]
+        for name, tensor in batch.items():
+            inputs[name].copy_(tensor)
+        graph.replay()
+        return loss
+
+    def run(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss_of_batch(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss_of_step: Callable[[int, float], tuple[Tensor, dict[str, float]]],
+    batch_of_step: Callable[[int, float], Batch],
+    loss_of_batch: Callable[[Batch], Tensor],
     budget: Budget,
     checkpoint: Path,
     description: str,
@@ -51,9 +103,9 @@ def fit(
 ) -> int:
     """Trains `model` until the budget is spent; returns the number of steps.
 
-    `loss_of_step(step, progress)` draws its batch from (seed, step), so a resumed run in steps sees what an unbroken
-    one sees. The peak learning rate is what each parameter group of `optimizer` holds as "peak_lr". Gradients are
-    clipped to norm 1. The state goes to `checkpoint` every `checkpoint_seconds` and at the end.
+    `batch_of_step(step, progress)` draws from (seed, step), so a resumed run in steps sees what an unbroken one sees;
+    `loss_of_batch` draws nothing. The peak learning rate is what each parameter group of `optimizer` holds as
+    "peak_lr". The state goes to `checkpoint` every `checkpoint_seconds` and at the end.
 
     Raises:
         FloatingPointError: when a loss is not finite.
@@ -64,6 +116,10 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
+    device = next(model.parameters()).device
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros((), device=device)
+    take_step = TrainingStep(model, optimizer, loss_of_batch)
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
@@ -76,18 +132,13 @@ def fit(
         while (progress := budget.progress(step, seconds)) < 1.0:
             started = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress, group["peak_lr"])
-            loss, metrics = loss_of_step(step, progress)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+                group["lr"].fill_(learning_rate(progress, group["peak_lr"]))
+            loss = take_step(batch_of_step(step, progress))
             if step % 10 == 0:  # reading the loss waits for the device
                 value = loss.item()
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{description}: the loss is {value} at step {step}")
-                shown = {"step": step, "loss": f"{value:.4f}", **metrics}
-                bar.set_postfix_str(", ".join(f"{name} {figure}" for name, figure in shown.items()))
+                bar.set_postfix_str(f"step {step}, loss {value:.4f}")
             step += 1
             seconds += time.monotonic() - started
             bar.update(int(1000 * budget.progress(step, seconds)) - bar.n)

@@ -6,16 +6,19 @@ Shapes: B batch, F latent frames, C latent channels, H W latent height and width
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from torch import Tensor
 
 from common.config.settings import VAE_TIME_FACTOR
 from common.training.encoding import sample_posterior
 from data.miniworld.base_text import MAX_TEXT_LENGTH, TEXT_DIM
+from data.miniworld.base_training import Batch
 
 CAPTION_DROPOUT = 0.1
+TIME_EMBED_DIM = 256
 
 
 def make_scheduler() -> CogVideoXDDIMScheduler:
@@ -35,80 +38,95 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
 
 
 def make_transformer(
-    height: int, width: int, num_frames: int, num_layers: int = 6, num_heads: int = 4
+    vae: AutoencoderKLCogVideoX, num_frames: int, patch_size: int = 2, num_layers: int = 6, num_heads: int = 4
 ) -> CogVideoXTransformer3DModel:
-    """An untrained transformer for videos of height × width pixels and num_frames raw frames; heads are 64 wide."""
-    return CogVideoXTransformer3DModel(
+    """An untrained transformer for the VAE's latents of videos of num_frames raw frames; heads are 64 wide.
+
+    As in DiT (arXiv 2212.09748, section 3.2) every block starts as the identity and the output as zero; with PyTorch's
+    own initialisation long runs were not stable.
+    """
+    config, scale = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
+    transformer = CogVideoXTransformer3DModel(
         num_attention_heads=num_heads,
         attention_head_dim=64,
-        in_channels=16,
-        out_channels=16,
-        time_embed_dim=256,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        time_embed_dim=TIME_EMBED_DIM,
         text_embed_dim=TEXT_DIM,
         num_layers=num_layers,
-        sample_height=height // 8,
-        sample_width=width // 8,
+        sample_height=config.sample_height // scale,
+        sample_width=config.sample_width // scale,
         sample_frames=num_frames,
-        patch_size=2,
+        patch_size=patch_size,
         temporal_compression_ratio=VAE_TIME_FACTOR,
         max_text_seq_length=MAX_TEXT_LENGTH,
         spatial_interpolation_scale=1.0,
     )
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            for norm in (block.norm1, block.norm2):
+                norm.linear.weight.zero_()
+                norm.linear.bias.zero_()
+        for linear in (transformer.norm_out.linear, transformer.proj_out):
+            linear.weight.zero_()
+            linear.bias.zero_()
+    return transformer
 
 
 def v_loss(
     transformer: CogVideoXTransformer3DModel,
-    scheduler: CogVideoXDDIMScheduler,
-    latents: Tensor,
-    prompt_embeds: Tensor,
-    timesteps: Tensor,
-    noise: Tensor,
+    alphas: Tensor,
     autocast: Callable[[], torch.autocast],
+    batch: Batch,
 ) -> Tensor:
     """Mean squared error of the predicted velocity √ᾱ·noise − √(1−ᾱ)·latents; the schedule in float32.
 
-    latents, noise [B, F, C, H, W]; prompt_embeds [B, L, D]; timesteps int64 [B].
+    `batch` holds latents and noise [B, F, C, H, W], prompt_embeds [B, L, D], timesteps int64 [B]; `alphas` is ᾱ [T].
     """
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    target = scheduler.get_velocity(latents, noise, timesteps)
+    alpha = alphas[batch["timesteps"]].view(-1, 1, 1, 1, 1)
+    signal, sigma = alpha.sqrt().float(), (1 - alpha).sqrt().float()
+    noisy = signal * batch["latents"] + sigma * batch["noise"]
+    target = signal * batch["noise"] - sigma * batch["latents"]
     with autocast():
         prediction = transformer(
-            hidden_states=noisy, encoder_hidden_states=prompt_embeds, timestep=timesteps, return_dict=False
+            hidden_states=noisy,
+            encoder_hidden_states=batch["prompt_embeds"],
+            timestep=batch["timesteps"],
+            return_dict=False,
         )[0]
     return (prediction.float() - target).square().mean()
 
 
-def transformer_objective(
-    transformer: CogVideoXTransformer3DModel,
-    scheduler: CogVideoXDDIMScheduler,
-    moments: Tensor,
-    clip_numbers: Tensor,
-    prompt_embeds: Tensor,
-    null_embeds: Tensor,
-    scaling_factor: float,
-    batch_size: int,
-    seed: int,
-    autocast: Callable[[], torch.autocast],
-) -> Callable[[int, float], tuple[Tensor, dict[str, float]]]:
-    """`loss_of_step` for `fit`: random windows, uniform timesteps, one in ten captions left out.
+@dataclass(frozen=True)
+class LatentWindows:
+    """Encoded training windows and their captions, all on the training device.
 
-    Everything lies on the training device: moments [n, 2C, F, H, W] of window i, which is cut from clip
-    clip_numbers[i], prompt_embeds [clips, L, D], null_embeds [1, L, D].
+    `moments` [n, 2C, F, H, W] of window i, which is cut from clip `clip_numbers[i]`; `prompt_embeds` [clips, L, D];
+    `null_embeds` [1, L, D] of the empty caption.
     """
-    device = moments.device
 
-    def loss_of_step(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        generator = torch.Generator(device=device).manual_seed(seed * 1_000_003 + step)
-        draw = {"generator": generator, "device": device}
-        rows = torch.randint(len(moments), (batch_size,), **draw)
-        chosen = moments[rows].float().transpose(1, 2)  # [B, F, 2C, H, W]
-        frames, channels, *size = chosen.shape[1:]
-        sampling_noise = torch.randn(batch_size, frames, channels // 2, *size, **draw)
-        latents = sample_posterior(chosen, sampling_noise) * scaling_factor  # [B, F, C, H, W]
-        dropped = torch.rand(batch_size, **draw) < CAPTION_DROPOUT
-        text = torch.where(dropped[:, None, None], null_embeds, prompt_embeds[clip_numbers[rows]])
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), **draw)
-        noise = torch.randn(latents.shape, **draw)
-        return v_loss(transformer, scheduler, latents, text, timesteps, noise, autocast), {}
+    moments: Tensor
+    clip_numbers: Tensor
+    prompt_embeds: Tensor
+    null_embeds: Tensor
+    scaling_factor: float
 
-    return loss_of_step
+    def batches(self, batch_size: int, num_timesteps: int, seed: int) -> Callable[[int, float], Batch]:
+        """`batch_of_step` for `fit`: random windows, uniform timesteps, one in ten captions left out."""
+        device = self.moments.device
+
+        def batch_of_step(step: int, progress: float) -> Batch:
+            generator = torch.Generator(device=device).manual_seed(seed * 1_000_003 + step)
+            draw = {"generator": generator, "device": device}
+            rows = torch.randint(len(self.moments), (batch_size,), **draw)
+            chosen = self.moments[rows].float().transpose(1, 2)  # [B, F, 2C, H, W]
+            frames, channels, *size = chosen.shape[1:]
+            sampling_noise = torch.randn(batch_size, frames, channels // 2, *size, **draw)
+            latents = sample_posterior(chosen, sampling_noise) * self.scaling_factor  # [B, F, C, H, W]
+            dropped = torch.rand(batch_size, **draw) < CAPTION_DROPOUT
+            text = torch.where(dropped[:, None, None], self.null_embeds, self.prompt_embeds[self.clip_numbers[rows]])
+            timesteps = torch.randint(num_timesteps, (batch_size,), **draw)
+            noise = torch.randn(latents.shape, **draw)
+            return {"latents": latents, "noise": noise, "timesteps": timesteps, "prompt_embeds": text}
+
+        return batch_of_step

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
 from common.config.settings import VAE_TIME_FACTOR
+from data.miniworld.base_training import Batch
 
 BLOCK_CHANNELS = (16, 32, 32, 64)
 LATENT_CHANNELS = 16
@@ -23,15 +24,17 @@ VIDEO_FRAMES = 9  # 3 latent frames: 1 + 2 · 4
 GRADIENT_WEIGHT, KL_WEIGHT = 0.5, 1e-4
 
 
-def make_vae(height: int, width: int, block_channels: tuple[int, ...] = BLOCK_CHANNELS) -> AutoencoderKLCogVideoX:
-    """An untrained VAE: 8 × 8 pixels and 4 frames to a latent with 16 channels, as the real one."""
+def make_vae(
+    height: int, width: int, block_channels: tuple[int, ...] = BLOCK_CHANNELS, latent_channels: int = LATENT_CHANNELS
+) -> AutoencoderKLCogVideoX:
+    """An untrained VAE: 4 frames to a latent and 8 × 8 pixels, as the real one; 4 × 4 with three resolutions."""
     count = len(block_channels)
     vae = AutoencoderKLCogVideoX(
         block_out_channels=block_channels,
         down_block_types=("CogVideoXDownBlock3D",) * count,
         up_block_types=("CogVideoXUpBlock3D",) * count,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         temporal_compression_ratio=VAE_TIME_FACTOR,
         sample_height=height,
@@ -41,7 +44,7 @@ def make_vae(height: int, width: int, block_channels: tuple[int, ...] = BLOCK_CH
     # making the signal heard over it, and weak parts of it, such as colour, come last. Worth 1 dB after a hundred
     # steps.
     with torch.no_grad():
-        vae.encoder.conv_out.conv.bias[LATENT_CHANNELS:] = -6.0
+        vae.encoder.conv_out.conv.bias[latent_channels:] = -6.0
     return vae
 
 
@@ -59,48 +62,54 @@ class Windows:
         return clip, int(rng.integers(len(self.clips[clip]) - num_frames + 1))
 
     def stack(self, chosen: list[tuple[int, int]], num_frames: int) -> Tensor:
-        """float32 [B, 3, N, h, w] in −1…1."""
-        windows = torch.stack([self.clips[clip][start : start + num_frames] for clip, start in chosen])
-        return windows.transpose(1, 2).float() / 127.5 - 1
+        """uint8 [B, N, 3, h, w]."""
+        return torch.stack([self.clips[clip][start : start + num_frames] for clip, start in chosen])
+
+
+def to_signal(pixels: Tensor) -> Tensor:
+    """uint8 [B, N, 3, h, w] → float32 [B, 3, N, h, w] in −1…1."""
+    return pixels.transpose(1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 of the pixels plus half the L1 of their differences along rows and columns, which keeps edges sharp."""
+    """L1 of the pixels [B, 3, N, h, w] plus half the L1 of their differences along rows, columns and frames: edges stay
+    sharp, and what moves keeps moving."""
     loss = (output - target).abs().mean()
-    for dim in (-1, -2):
+    for dim in (-1, -2, -3) if target.shape[-3] > 1 else (-1, -2):
         loss = loss + GRADIENT_WEIGHT * (output.diff(dim=dim) - target.diff(dim=dim)).abs().mean()
     return loss
 
 
-def vae_objective(
-    vae: AutoencoderKLCogVideoX,
-    windows: Windows,
-    image_share: float,
-    batch_size: int,
-    image_batch_size: int,
-    autocast: Callable[[], torch.autocast],
-) -> Callable[[int, float], tuple[Tensor, dict[str, float]]]:
-    """`loss_of_step` for `fit`: single frames while progress < image_share, then clips of VIDEO_FRAMES frames."""
+def vae_batches(
+    vae: AutoencoderKLCogVideoX, windows: Windows, image_share: float, batch_size: int, image_batch_size: int
+) -> Callable[[int, float], Batch]:
+    """`batch_of_step` for `fit`: single frames while progress < image_share, then clips of VIDEO_FRAMES frames.
 
-    def loss_of_step(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+    A batch is uint8 "pixels" [B, N, 3, h, w] and the posterior's "noise" [B, C, F, H, W].
+    """
+    channels, scale = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def batch_of_step(step: int, progress: float) -> Batch:
         images = progress < image_share
         count, num_frames = (image_batch_size, 1) if images else (batch_size, VIDEO_FRAMES)
-        target = windows.stack([windows.choose([1, step, i], num_frames) for i in range(count)], num_frames)
-        noise = torch.Generator(device=target.device).manual_seed(windows.seed * 1_000_003 + step)
-        with autocast():
-            posterior = vae.encode(target).latent_dist
-            output = vae.decode(posterior.sample(generator=noise)).sample
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()  # per latent number
-        loss = reconstruction_loss(output.float(), target) + KL_WEIGHT * kl
-        return loss, {"frames": num_frames}
+        pixels = windows.stack([windows.choose([1, step, i], num_frames) for i in range(count)], num_frames)
+        height, width = pixels.shape[-2:]
+        generator = torch.Generator(device=pixels.device).manual_seed(windows.seed * 1_000_003 + step)
+        shape = (count, channels, (num_frames - 1) // VAE_TIME_FACTOR + 1, height // scale, width // scale)
+        return {"pixels": pixels, "noise": torch.randn(shape, generator=generator, device=pixels.device)}
 
-    return loss_of_step
+    return batch_of_step
 
 
-def to_pixels(clip: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 [N, 3, h, w] → float32 [1, 3, N, h, w] in −1…1."""
-    return clip.to(device).transpose(0, 1)[None].float() / 127.5 - 1
+def vae_loss(vae: AutoencoderKLCogVideoX, autocast: Callable[[], torch.autocast], batch: Batch) -> Tensor:
+    """Reconstruction plus KL of a batch of `vae_batches`."""
+    target = to_signal(batch["pixels"])
+    with autocast():
+        posterior = vae.encode(target).latent_dist
+        output = vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
+    mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()  # per latent number
+    return reconstruction_loss(output.float(), target) + KL_WEIGHT * kl
 
 
 @torch.no_grad()
@@ -110,7 +119,7 @@ def reconstruction_psnr(vae: AutoencoderKLCogVideoX, clips: list[Tensor], num_fr
     values = []
     for clip in clips:
         count = (min(num_frames, len(clip)) - 1) // VAE_TIME_FACTOR * VAE_TIME_FACTOR + 1
-        target = to_pixels(clip[:count], vae.device)
+        target = to_signal(clip[None, :count].to(vae.device))
         output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
         error = ((output - target) * 127.5).square().mean()
         values.append((20 * np.log10(255) - 10 * torch.log10(error)).item())
@@ -131,7 +140,7 @@ def encode_windows(
     # Two at a time and more: with one, PyTorch leaves oneDNN's convolution for one several times slower on one thread.
     for first in range(0, count, 4):
         part = chosen[first : first + 4]
-        moments.append(vae.encode(windows.stack(part, num_frames)).latent_dist.parameters.half().cpu())
+        moments.append(vae.encode(to_signal(windows.stack(part, num_frames))).latent_dist.parameters.half().cpu())
         progress(len(part))
     return torch.cat(moments), torch.tensor([clip for clip, _ in chosen])
 

@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -52,18 +53,22 @@ OUT_OF_MEMORY_HELP = (
 IGNORED_ON_RESUME = ("device", "compile", "output_dir", "data_root", "index_file")
 
 
+def read_clip_pixels(record: ClipRecord, num_frames: int, height: int, width: int) -> Tensor:
+    """uint8 [n, 3, h, w]; a UserError names the index entry of a clip that is unreadable or too short."""
+    try:
+        video = Video(record.path)
+        if len(video) < num_frames:
+            raise ClipTooShort(f"{record.path}: {len(video)} frames; --num_frames {num_frames} need a longer clip")
+        return video.read(np.arange(len(video)), height, width)
+    except ClipError as error:
+        raise UserError(f"index entry {record.entry}: {error}") from error
+
+
 def read_clips(records: list[ClipRecord], num_frames: int, height: int, width: int) -> list[Tensor]:
-    """Every clip as uint8 [n, 3, h, w], decoded once and kept in memory (about 2 MB a clip of six seconds)."""
-    clips = []
-    for record in tqdm(records, desc="decoding clips", unit="clip"):
-        try:
-            video = Video(record.path)
-            if len(video) < num_frames:
-                raise ClipTooShort(f"{record.path}: {len(video)} frames; --num_frames {num_frames} need a longer clip")
-            clips.append(video.read(np.arange(len(video)), height, width))
-        except ClipError as error:
-            raise UserError(f"index entry {record.entry}: {error}") from error
-    return clips
+    """Every clip, decoded once and kept in memory (about 2 MB a clip of six seconds)."""
+    read = partial(read_clip_pixels, num_frames=num_frames, height=height, width=width)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(read, records), total=len(records), desc="decoding clips", unit="clip"))
 
 
 class Workplace:
@@ -118,15 +123,16 @@ def make_vae(place: Workplace, clips: list[Tensor], args: argparse.Namespace) ->
     device = torch.device(args.device)
     if not place.has("vae"):
         torch.manual_seed(args.seed)
-        vae = base_vae.make_vae(args.height, args.width, tuple(args.vae_channels)).to(device)
+        vae = base_vae.make_vae(args.height, args.width, tuple(args.vae_channels), args.latent_channels).to(device)
         train, heldout = clips[: -args.num_heldout], clips[-args.num_heldout :]
         windows = base_vae.Windows(train, args.seed)
-        objective = base_vae.vae_objective(
-            vae, windows, args.vae_image_share, args.vae_batch_size, args.vae_image_batch_size, autocast_of(args)
+        batches = base_vae.vae_batches(
+            vae, windows, args.vae_image_share, args.vae_batch_size, args.vae_image_batch_size
         )
+        loss = partial(base_vae.vae_loss, vae, autocast_of(args))
         budget = Budget(args.vae_steps, 0.0 if args.vae_steps else args.vae_minutes)
         optimizer = MuonAdam(vae, args.vae_learning_rate)
-        steps = fit(vae, optimizer, objective, budget, place.partial / "vae.pt", "VAE")
+        steps = fit(vae, optimizer, batches, loss, budget, place.partial / "vae.pt", "VAE")
         psnr = base_vae.reconstruction_psnr(vae, heldout)
         print(f"VAE: {steps} steps, {psnr:.2f} dB on {len(heldout)} held-out clips")
         moments, _ = base_vae.encode_windows(vae, windows, min(16, len(train)), args.num_frames, lambda _: None)
@@ -159,19 +165,23 @@ def make_transformer(
         latents = encode_clips(place, vae, clips, args)
         torch.manual_seed(args.seed)
         transformer = base_transformer.make_transformer(
-            args.height, args.width, args.num_frames, args.num_layers, args.num_heads
+            vae, args.num_frames, args.patch_size, args.num_layers, args.num_heads
         ).to(args.device)
         if args.compile:
             transformer.compile()
-        objective = base_transformer.transformer_objective(
-            transformer, base_transformer.make_scheduler(), latents["moments"], latents["clip_numbers"],
-            prompt_embeds=text[:-1], null_embeds=text[-1:], scaling_factor=vae.config.scaling_factor,
-            batch_size=args.transformer_batch_size, seed=args.seed, autocast=autocast_of(args),
-        )  # fmt: skip
+        windows = base_transformer.LatentWindows(
+            **latents, prompt_embeds=text[:-1], null_embeds=text[-1:], scaling_factor=vae.config.scaling_factor
+        )
+        scheduler = base_transformer.make_scheduler()
+        batches = windows.batches(args.transformer_batch_size, scheduler.config.num_train_timesteps, args.seed)
+        loss = partial(
+            base_transformer.v_loss, transformer, scheduler.alphas_cumprod.to(args.device), autocast_of(args)
+        )
         groups = [{"params": list(transformer.parameters()), "peak_lr": args.transformer_learning_rate}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        on_gpu = torch.device(args.device).type == "cuda"
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=on_gpu)
         checkpoint = place.partial / "transformer.pt"
-        fit(transformer, optimizer, objective, Budget(args.transformer_steps), checkpoint, "transformer")
+        fit(transformer, optimizer, batches, loss, Budget(args.transformer_steps), checkpoint, "transformer")
         place.finish("transformer", transformer.save_pretrained)
     return CogVideoXTransformer3DModel.from_pretrained(place.output_dir / "transformer")
 
@@ -231,8 +241,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in (*batches, "transformer_windows", "num_heldout", "num_layers", "num_heads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: has to be at least 1")
-    if len(args.vae_channels) != 4 or any(channels < 8 or channels % 8 for channels in args.vae_channels):
-        raise UserError(f"--vae_channels {args.vae_channels}: give four multiples of 8, one a resolution")
+    if len(args.vae_channels) not in (3, 4) or any(channels < 8 or channels % 8 for channels in args.vae_channels):
+        raise UserError(f"--vae_channels {args.vae_channels}: give three or four multiples of 8, one a resolution")
+    if 2 ** (len(args.vae_channels) - 1) * args.patch_size not in (8, 16):
+        raise UserError(f"--patch_size {args.patch_size}: a patch has to cover 8 or 16 pixels")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
@@ -255,6 +267,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae_steps", type=whole_number(0), default=0, help="VAE steps; when given, --vae_minutes does not count")
     add("--vae_image_share", type=float, default=0.6, help="share of VAE training on single frames, at its start")
     add("--vae_channels", type=int, nargs="+", default=list(base_vae.BLOCK_CHANNELS), help="width of each resolution")
+    add("--latent_channels", type=whole_number(1), default=base_vae.LATENT_CHANNELS)
     add("--vae_batch_size", type=int, default=2, help="9-frame clips a step")
     add("--vae_image_batch_size", type=int, default=2, help="single frames a step")
     add("--vae_learning_rate", type=float, default=2e-3, help="peak")
@@ -262,6 +275,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--transformer_batch_size", type=int, default=4)
     add("--transformer_windows", type=int, default=120, help="windows encoded once for the transformer")
     add("--transformer_learning_rate", type=float, default=1e-3, help="peak")
+    add("--patch_size", type=whole_number(1), default=2, help="latents to a side of a transformer token")
     add("--num_layers", type=int, default=6, help="transformer layers")
     add("--num_heads", type=int, default=4, help="attention heads, 64 wide each")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

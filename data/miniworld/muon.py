@@ -51,19 +51,21 @@ class MuonAdam(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     (self._muon if group["muon"] else self._adam)(parameter, group["lr"])
 
-    def _muon(self, parameter: Tensor, lr: float) -> None:
+    def _muon(self, parameter: Tensor, lr: float | Tensor) -> None:
         momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
         momentum.lerp_(parameter.grad, 1 - MOMENTUM)
         update = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov
         update = orthogonalize(update) * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-        parameter.add_(update.view_as(parameter), alpha=-lr)
+        parameter.sub_(update.view_as(parameter) * lr)
 
-    def _adam(self, parameter: Tensor, lr: float) -> None:
+    def _adam(self, parameter: Tensor, lr: float | Tensor) -> None:
         state = self.state[parameter]
         mean = state.setdefault("mean", torch.zeros_like(parameter))
         square = state.setdefault("square", torch.zeros_like(parameter))
-        count = state["count"] = state.get("count", 0) + 1
+        # Decayed weights of all gradients so far, in a tensor: a recorded step must count on by itself.
+        for beta, name in zip(ADAM_BETAS, ("mean_weight", "square_weight"), strict=True):
+            state.setdefault(name, parameter.new_zeros(())).mul_(beta).add_(1 - beta)
         mean.lerp_(parameter.grad, 1 - ADAM_BETAS[0])
         square.lerp_(parameter.grad.square(), 1 - ADAM_BETAS[1])
-        corrected = (square / (1 - ADAM_BETAS[1] ** count)).sqrt_().add_(ADAM_EPSILON)
-        parameter.addcdiv_(mean, corrected, value=-lr / (1 - ADAM_BETAS[0] ** count))
+        corrected = (square / state["square_weight"]).sqrt_().add_(ADAM_EPSILON)
+        parameter.sub_(lr / state["mean_weight"] * mean / corrected)

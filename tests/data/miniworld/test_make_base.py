@@ -71,12 +71,12 @@ def test_scaling_factor_gives_latents_unit_variance(base, world):
 def test_killed_run_goes_on_and_ends_the_same(base, world, tmp_path, monkeypatch):
     calls = []
 
-    def fit_that_dies(model, optimizer, loss_of_step, *rest, **options):
+    def fit_that_dies(model, optimizer, batch_of_step, *rest, **options):
         def dying(step, progress):
             if step == 2 and not calls:
                 calls.append(step)
                 raise KeyboardInterrupt
-            return loss_of_step(step, progress)
+            return batch_of_step(step, progress)
 
         return fit(model, optimizer, dying, *rest, checkpoint_seconds=0.0, **options)
 
