@@ -69,14 +69,17 @@ ENDINGS = [
 COLORS = ("red", "blue", "yellow", "white", "green", "orange", "purple", "black")
 
 
-def make_caption(biome: str, weather: str, color: str, rng: np.random.Generator) -> str:
-    """One caption; `biome`, `weather` and `color` are keys of BIOME_WORDS and WEATHER_WORDS and one of COLORS."""
+def make_caption(biome: str, weather: str, color: str, rng: np.random.Generator, kerbs: bool = True) -> str:
+    """One caption; `biome`, `weather` and `color` are keys of BIOME_WORDS and WEATHER_WORDS and one of COLORS.
+
+    Without `kerbs` it does not speak of the road.
+    """
 
     def pick(choices: list[str]) -> str:
         return choices[rng.integers(len(choices))]
 
     opening = pick(OPENINGS).format(biome=pick(BIOME_WORDS[biome]), weather=pick(WEATHER_WORDS[weather]), color=color)
-    middle = [pick(VIEWS), pick(ROADS)]
+    middle = [pick(VIEWS), pick(ROADS) if kerbs else ""]
     if rng.uniform() < 0.5:
         middle.reverse()
     # At most three sentences keep a caption under 50 words, which is what 64 tokens hold.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS, make_caption
+from data.miniworld.views import GAME, View, random_view
 
 BIOMES = tuple(BIOME_WORDS)
 WEATHERS = tuple(WEATHER_WORDS)
@@ -20,6 +21,7 @@ class Look:
     weather: str
     color: str
     seed: int = 0
+    view: View = GAME
 
     def __post_init__(self) -> None:
         for value, known, name in (
@@ -31,15 +33,16 @@ class Look:
                 raise ValueError(f"{name} is {value!r}; known are {', '.join(known)}")
 
 
-def random_look(seed: int) -> tuple[Look, str]:
-    """A look and a caption that names it, from one number."""
+def random_look(seed: int, world: str = "game") -> tuple[Look, str]:
+    """A look and a caption that names it, from one number; `world` is one of WORLDS."""
     rng = np.random.default_rng([seed, 1])
     biome = str(rng.choice(BIOMES))
     # A sunset over the night city would contradict its own caption.
     weather = str(rng.choice([name for name in WEATHERS if (biome, name) != ("city", "sunset")]))
     color = str(rng.choice(COLORS))
-    look = Look(biome, weather, color, int(rng.integers(2**31)))
-    return look, make_caption(biome, weather, color, rng)
+    view = GAME if world == "game" else random_view(np.random.default_rng([seed, 6]))
+    look = Look(biome, weather, color, int(rng.integers(2**31)), view)
+    return look, make_caption(biome, weather, color, rng, kerbs=view.road_half_width * view.kerb_width > 0)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,14 @@ _BIOME_COLORS = {
 }  # fmt: skip
 
 
+def car_color(look: Look) -> np.ndarray:
+    """The car's colour, float32 RGB: graded by half, so that its name stays true."""
+    color = CAR_COLORS[look.color]
+    return 0.5 * (color + look.view.grade(color)) * (0.8 if look.biome == "city" else 1.0)
+
+
 def palette(look: Look) -> Palette:
-    """The colours of a look: the biome's, changed by the weather."""
+    """The colours of a look: the biome's, changed by the weather and graded by the view."""
     zenith, horizon, ground_a, ground_b, asphalt, kerb_a, kerb_b, line, ridge, marks = _BIOME_COLORS[look.biome]
     night = look.biome == "city"
     distance, fade = 60.0, 0.1
@@ -112,12 +121,18 @@ def palette(look: Look) -> Palette:
     if night and look.weather != "fog":
         zenith, horizon = 0.5 * zenith + 0.5 * _rgb(18, 20, 44), 0.4 * horizon + 0.6 * _rgb(112, 86, 124)
 
+    view = look.view
+
     def lit(color: tuple[int, int, int]) -> np.ndarray:
-        return (light * _rgb(*color)) * (1 - wash) + wash * tint * (0.4 if night else 1.0)
+        shown = (light * _rgb(*color)) * (1 - wash) + wash * tint * (0.4 if night else 1.0)
+        return view.grade(shown, view.ground_gain)
 
     darker = 0.8 if look.weather == "rain" else 1.0  # a wet road
+    road = darker * lit(asphalt)
     return Palette(
-        zenith=zenith, horizon=horizon, ground=(lit(ground_a), lit(ground_b)), asphalt=darker * lit(asphalt),
-        kerb=(lit(kerb_a), lit(kerb_b)), line=lit(line), ridge=lit(ridge), landmarks=tuple(lit(mark) for mark in marks),
+        zenith=view.grade(zenith, view.sky_gain), horizon=view.grade(horizon, view.sky_gain),
+        ground=(lit(ground_a), lit(ground_b)), asphalt=road + view.dirt * (0.72 * lit(ground_b) - road),
+        kerb=(np.roll(lit(kerb_a), view.kerb_hue), np.roll(lit(kerb_b), view.kerb_hue)),
+        line=lit(line), ridge=lit(ridge), landmarks=tuple(lit(mark) for mark in marks),
         haze_distance=distance, landmark_haze=fade,
     )  # fmt: skip

@@ -10,8 +10,9 @@ writes, for the first,
     videos/00000.mp4    97 frames of 64 x 96 at 16 fps
     truth/00000.npz     speed (m/s) and yaw_rate (rad/s, left is positive) of every frame
 
-and for the second the same beside it, in heldout.json, videos_heldout/ and truth_heldout/. A clip depends on the seed
-and its own number only. Complete clips of the same settings are kept, so an interrupted run goes on where it was.
+and for the second the same beside it, in heldout.json, videos_heldout/ and truth_heldout/. A clip depends on the
+world, the seed and its own number only. Complete clips of the same settings are kept, so an interrupted run goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from common.data.video_writer import write_video
 from data.miniworld.looks import random_look
 from data.miniworld.render import render
 from data.miniworld.simulator import FPS, random_signals, simulate
+from data.miniworld.views import WORLDS
 
 DRAWING_VERSION = 1  # raise it when the same seed draws something else: kept clips are then drawn again
 
@@ -48,6 +50,7 @@ class ClipJob:
     width: int
     video: Path
     truth: Path
+    world: str = "game"
 
     def clip_seed(self) -> int:
         return int(np.random.SeedSequence([self.seed, self.number]).generate_state(1)[0])
@@ -57,7 +60,9 @@ class ClipJob:
 
     def stamp(self) -> np.ndarray:
         """Kept in the truth file: a clip whose stamp differs was made with other settings."""
-        return np.array([DRAWING_VERSION, self.seed, self.number, self.num_frames, self.height, self.width])
+        settings = [DRAWING_VERSION, self.seed, self.number, self.num_frames, self.height, self.width]
+        # The game has no number here: clips from before there was another world stay what they are.
+        return np.array(settings + ([WORLDS.index(self.world)] if self.world != "game" else []))
 
     def is_complete(self) -> bool:
         try:
@@ -69,7 +74,7 @@ class ClipJob:
 
 def make_clip(job: ClipJob) -> None:
     """Simulates, draws and writes one clip; the truth file comes last and marks it complete."""
-    look, _ = random_look(job.clip_seed())
+    look, _ = random_look(job.clip_seed(), job.world)
     trajectory = simulate(job.signals(), job.clip_seed())
     # High quality, and a key frame every second: reading a window from the middle is quick.
     write_video(job.video, render(trajectory, look, job.height, job.width), FPS, crf=12, gop=FPS)
@@ -96,15 +101,18 @@ def make_jobs(args: argparse.Namespace) -> list[ClipJob]:
     for folder in (videos, truth):
         folder.mkdir(parents=True, exist_ok=True)
     return [
-        ClipJob(i, args.seed, args.num_frames, args.height, args.width, videos / f"{i:05d}.mp4", truth / f"{i:05d}.npz")
+        ClipJob(
+            i, args.seed, args.num_frames, args.height, args.width,
+            videos / f"{i:05d}.mp4", truth / f"{i:05d}.npz", args.world,
+        )
         for i in range(args.num_clips)
-    ]
+    ]  # fmt: skip
 
 
 def index_entry(job: ClipJob, output_dir: Path) -> dict[str, object]:
     return {
         "path": job.video.relative_to(output_dir).as_posix(),
-        "caption": random_look(job.clip_seed())[1],
+        "caption": random_look(job.clip_seed(), job.world)[1],
         "control_signal_seq": ",".join(job.signals()),
         "valid_frame_idx": 0,
     }
@@ -136,6 +144,10 @@ def make_videos(args: argparse.Namespace) -> Path:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for index, videos and truth")
+    parser.add_argument(
+        "--world", choices=WORLDS, default="game",
+        help="game: one camera, one car, roads with kerbs; broad: others in every clip, for a base model",
+    )  # fmt: skip
     parser.add_argument("--num_clips", type=int, default=200)
     parser.add_argument("--num_frames", type=int, default=97, help=f"frames per clip, at {FPS} a second")
     parser.add_argument("--height", type=int, default=64, help="pixels, a multiple of 16")

@@ -53,6 +53,7 @@ _LANDMARKS = {
 def draw_panorama(look: Look, colors: Palette, rows: int, columns: int, scale: float) -> np.ndarray:
     """The panorama of a look: float32 [rows, columns, 3] in 0…255; `scale` is picture height / 64."""
     rng = np.random.default_rng([look.seed, 2])
+    scale = scale * look.view.landmark_scale
     above = (rows - np.arange(rows, dtype=np.float32) - 0.5)[:, None] / scale  # [R, 1] pixels above the horizon
     turn = np.arange(columns, dtype=np.float32) * (2 * np.pi / columns)  # [C] radians to the left of north
     pixels_per_turn = columns / COLUMNS_PER_PIXEL / scale
@@ -82,7 +83,7 @@ def draw_panorama(look: Look, colors: Palette, rows: int, columns: int, scale: f
     ridge = np.full_like(turn, 1.6) if look.biome == "coast" else ridge  # there it is the sea, and that is flat
     _blend(image, colors.ridge + max(haze, 0.35) * (colors.horizon - colors.ridge), ridge[None] - above + 0.5)
 
-    count = 15
+    count = look.view.landmarks
     angles = (np.arange(count) + rng.uniform(-0.3, 0.3, count)) * (2 * np.pi / count)
     for index, angle in enumerate(angles):
         kinds = _LANDMARKS[look.biome]

@@ -15,34 +15,31 @@ import numpy as np
 from data.miniworld.car import draw_car
 from data.miniworld.looks import Look, Palette, palette
 from data.miniworld.panorama import COLUMNS_PER_PIXEL, draw_panorama
-from data.miniworld.simulator import ROAD_HALF_WIDTH, ROAD_SPACING, Trajectory
+from data.miniworld.simulator import ROAD_SPACING, Trajectory
+from data.miniworld.views import GAME, View
 
-CAMERA_HEIGHT = 2.7  # m above the ground
-CAMERA_DISTANCE = 6.0  # m behind the car, which is the pivot of its turns
-HORIZON = 0.41  # share of the picture above the horizon
-FOCAL_LENGTH = 0.68  # in picture widths: 73 degrees from edge to edge
-KERB_WIDTH, KERB_PERIOD = 1.0, 2.75  # m; the periods divide ROAD_SPACING, and exceed twice what a frame moves
-LINE_HALF_WIDTH, LINE_PERIOD = 0.2, 5.5  # m
+# The game's camera, in the units of View, for whoever measures its pictures.
+CAMERA_HEIGHT, CAMERA_DISTANCE, HORIZON, FOCAL_LENGTH = GAME.height, GAME.distance, GAME.horizon, GAME.focal
 CHUNK = 64  # frames drawn at once: bounds the memory of a long trajectory
 
 
-def horizon_row(height: int) -> int:
+def horizon_row(height: int, view: View = GAME) -> int:
     """Number of rows above the horizon."""
-    return round(HORIZON * height)
+    return round(view.horizon * height)
 
 
-def ground_geometry(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def ground_geometry(height: int, width: int, view: View = GAME) -> tuple[np.ndarray, np.ndarray]:
     """Where the ground pixels are, as seen from the camera: metres ahead [R, 1] and metres to the right [R, w]."""
-    focal = FOCAL_LENGTH * width
-    below = np.arange(height - horizon_row(height), dtype=np.float32)[:, None] + 0.5
-    ahead = focal * CAMERA_HEIGHT / below
+    focal = view.focal * width
+    below = np.arange(height - horizon_row(height, view), dtype=np.float32)[:, None] + 0.5
+    ahead = focal * view.height / below
     return ahead, ahead * (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / focal
 
 
-def camera_position(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+def camera_position(trajectory: Trajectory, view: View = GAME) -> tuple[np.ndarray, np.ndarray]:
     """x and y of the camera, float64 [N]."""
     heading = trajectory.heading
-    return trajectory.x + CAMERA_DISTANCE * np.sin(heading), trajectory.y - CAMERA_DISTANCE * np.cos(heading)
+    return trajectory.x + view.distance * np.sin(heading), trajectory.y - view.distance * np.cos(heading)
 
 
 def render(trajectory: Trajectory, look: Look, height: int = 64, width: int = 96, first_frame: int = 0) -> np.ndarray:
@@ -57,26 +54,26 @@ def render(trajectory: Trajectory, look: Look, height: int = 64, width: int = 96
     if height % 16 or width % 16 or height < 16 or width < 16:
         raise ValueError(f"the picture is {height}x{width} pixels; both have to be multiples of 16")
     colors = palette(look)
-    rows = horizon_row(height)
-    columns = round(2 * np.pi * FOCAL_LENGTH * width) * COLUMNS_PER_PIXEL
+    rows = horizon_row(height, look.view)
+    columns = round(2 * np.pi * look.view.focal * width) * COLUMNS_PER_PIXEL
     panorama = draw_panorama(look, colors, rows, columns, scale=height / 64)
     video = np.empty((len(trajectory), height, width, 3), dtype=np.uint8)
     for start in range(0, len(trajectory), CHUNK):
         part = trajectory[start : start + CHUNK]
         frames = np.empty((len(part), height, width, 3), dtype=np.float32)
-        frames[:, :rows] = _sky(part, panorama, width)
+        frames[:, :rows] = _sky(part, panorama, look.view.focal * width, width)
         frames[:, rows:] = _ground(part, look, colors, height, width)
-        draw_car(frames, part, look, focal=FOCAL_LENGTH * width, camera=(CAMERA_HEIGHT, CAMERA_DISTANCE), horizon=rows)
+        draw_car(frames, part, look, horizon=rows)
         if look.weather == "rain":
             _rain(frames, look, first_frame + start)
         video[start : start + CHUNK] = np.clip(frames + 0.5, 0, 255).astype(np.uint8)
     return video
 
 
-def _sky(trajectory: Trajectory, panorama: np.ndarray, width: int) -> np.ndarray:
-    """[N, rows, w, 3]: the part of the panorama in view, interpolated between its columns."""
+def _sky(trajectory: Trajectory, panorama: np.ndarray, focal: float, width: int) -> np.ndarray:
+    """[N, rows, w, 3]: the part of the panorama in view, interpolated between its columns; `focal` in pixels."""
     count = panorama.shape[1]
-    bearing = np.arctan((width / 2 - np.arange(width) - 0.5) / (FOCAL_LENGTH * width))  # radians left of the middle
+    bearing = np.arctan((width / 2 - np.arange(width) - 0.5) / focal)  # radians left of the middle
     position = (trajectory.heading[:, None] + bearing) * (count / (2 * np.pi))  # [N, w]
     left = np.floor(position).astype(np.int64)
     share = (position - left).astype(np.float32)[..., None, None]
@@ -99,38 +96,47 @@ def _band(distance: np.ndarray, half_width: float, footprint: np.ndarray) -> np.
 
 def _ground(trajectory: Trajectory, look: Look, colors: Palette, height: int, width: int) -> np.ndarray:
     """[N, R, w, 3]: open ground, kerbs, roads and lines, fading into haze."""
-    ahead, right = ground_geometry(height, width)
-    focal, below = FOCAL_LENGTH * width, (np.arange(len(ahead), dtype=np.float32) + 0.5)[:, None]
+    view = look.view
+    ahead, right = ground_geometry(height, width, view)
+    focal, below = view.focal * width, (np.arange(len(ahead), dtype=np.float32) + 0.5)[:, None]
     heading = trajectory.heading[:, None, None]
     sine, cosine = np.sin(heading).astype(np.float32), np.cos(heading).astype(np.float32)
     east, north = right * cosine - ahead * sine, right * sine + ahead * cosine  # from the camera, [N, R, w]
-    camera = [value[:, None, None] for value in camera_position(trajectory)]
+    camera = [value[:, None, None] for value in camera_position(trajectory, view)]
     footprint_across = ahead / focal
     footprint_x = np.abs(cosine) * footprint_across + np.abs(east) / below
     footprint_y = np.abs(sine) * footprint_across + np.abs(north) / below
 
     image = _open_ground(east, north, camera, ahead / below, look, colors)
+    if view.road_half_width:
+        _roads(image, (camera[0], east, footprint_x), (camera[1], north, footprint_y), view, colors)
+    haze = 1 - np.exp(-((ahead / colors.haze_distance) ** 1.5))
+    return image + haze[..., None] * (colors.horizon - image)
 
+
+Axis = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _roads(image: np.ndarray, east: Axis, north: Axis, view: View, colors: Palette) -> None:
+    """Paints kerbs, roads and lines, in place; an axis is the camera's place, that from the camera, and footprint."""
     # One period of the road network around the camera: exact, however far the car has driven.
-    x = (camera[0] % ROAD_SPACING).astype(np.float32) + east
-    y = (camera[1] % ROAD_SPACING).astype(np.float32) + north
+    (x, footprint_x), (y, footprint_y) = (
+        ((camera % ROAD_SPACING).astype(np.float32) + offset, footprint) for camera, offset, footprint in (east, north)
+    )
     across_x = (x + ROAD_SPACING / 2) % ROAD_SPACING - ROAD_SPACING / 2  # to the nearest road along y
     across_y = (y + ROAD_SPACING / 2) % ROAD_SPACING - ROAD_SPACING / 2  # to the nearest road along x
-    kerb_edge = ROAD_HALF_WIDTH + KERB_WIDTH
+    kerb_edge = view.road_half_width + view.kerb_width
     roads = ((across_x, y, footprint_x, footprint_y), (across_y, x, footprint_y, footprint_x))
-    surfaces = [_band(across, ROAD_HALF_WIDTH, foot) for across, _, foot, _ in roads]
-    for across, along, foot, foot_along in roads:
-        wave = _square_wave(along, KERB_PERIOD, foot_along)[..., None]
+    surfaces = [_band(across, view.road_half_width, foot) for across, _, foot, _ in roads]
+    for across, along, foot, foot_along in roads if view.kerb_width else ():
+        wave = _square_wave(along, view.kerb_period, foot_along)[..., None]
         kerb = 0.5 * (colors.kerb[0] + colors.kerb[1]) + 0.5 * wave * (colors.kerb[0] - colors.kerb[1])
         image += _band(across, kerb_edge, foot)[..., None] * (kerb - image)
     image += np.maximum(*surfaces)[..., None] * (colors.asphalt - image)
-    for index, (across, along, foot, foot_along) in enumerate(roads):
-        dashes = 0.5 + 0.5 * _square_wave(along, LINE_PERIOD, foot_along)
-        alpha = 0.9 * _band(across, LINE_HALF_WIDTH, foot) * dashes * (1 - surfaces[1 - index])
+    for index, (across, along, foot, foot_along) in enumerate(roads if view.line_half_width else ()):
+        dashes = 0.5 + 0.5 * _square_wave(along, view.line_period, foot_along)
+        alpha = 0.9 * _band(across, view.line_half_width, foot) * dashes * (1 - surfaces[1 - index])
         image += alpha[..., None] * (colors.line - image)
-
-    haze = 1 - np.exp(-((ahead / colors.haze_distance) ** 1.5))
-    return image + haze[..., None] * (colors.horizon - image)
 
 
 def _open_ground(
@@ -145,12 +151,13 @@ def _open_ground(
     rng = np.random.default_rng([look.seed, 3])
     pattern = np.zeros_like(east)
     for index, length in enumerate((9.0, 6.5, 4.6, 3.4)):
+        length *= look.view.patch_scale
         angle = rng.uniform(0, np.pi / 4) + index * np.pi / 4
         wave_x, wave_y = 2 * np.pi * np.cos(angle) / length, 2 * np.pi * np.sin(angle) / length
         phase = (wave_x * camera[0] + wave_y * camera[1] + rng.uniform(0, 2 * np.pi)) % (2 * np.pi)
         fade = np.exp(-((2.2 * depth_footprint / length) ** 2))
         pattern += fade * np.sin(phase.astype(np.float32) + np.float32(wave_x) * east + np.float32(wave_y) * north)
-    share = 0.5 + 0.5 * np.clip(0.9 * pattern, -1, 1)
+    share = 0.5 + 0.5 * np.clip(look.view.patch_contrast * pattern, -1, 1)
     return colors.ground[0] + share[..., None] * (colors.ground[1] - colors.ground[0])
 
 
