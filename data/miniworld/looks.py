@@ -134,5 +134,5 @@ def palette(look: Look) -> Palette:
         ground=(lit(ground_a), lit(ground_b)), asphalt=road + view.dirt * (0.72 * lit(ground_b) - road),
         kerb=(np.roll(lit(kerb_a), view.kerb_hue), np.roll(lit(kerb_b), view.kerb_hue)),
         line=lit(line), ridge=lit(ridge), landmarks=tuple(lit(mark) for mark in marks),
-        haze_distance=distance, landmark_haze=fade,
+        haze_distance=distance * max(1.0, view.distance / 10), landmark_haze=fade,  # the vehicle stays out of it
     )  # fmt: skip

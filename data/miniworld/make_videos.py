@@ -12,7 +12,7 @@ writes, for the first,
 
 and for the second the same beside it, in heldout.json, videos_heldout/ and truth_heldout/. A clip depends on the
 world, the seed and its own number only. Complete clips of the same settings are kept, so an interrupted run goes on
-where it was.
+where it was. `--world broad` draws the same drives with another camera, road, vehicle and grading in every clip.
 """
 
 from __future__ import annotations
