@@ -15,27 +15,13 @@ from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXUpBlock3D
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor
-from torch.nn import functional
 
-
-class CogVideoXStreamingUpsample3D(CogVideoXUpsample3D):
-    """`CogVideoXUpsample3D` that is told whether its input begins the video. The same parameters."""
-
-    def forward(self, inputs: Tensor, is_first_chunk: bool = True) -> Tensor:
-        """[B,D,t,h,w] → [B,D,t',2h,2w]; where time is compressed t' = 2t, or 2t−1 in the first chunk."""
-        if not self.compress_time:
-            return super().forward(inputs)
-        num_single = 1 if is_first_chunk else 0  # leading frames that are not doubled in time
-        single, doubled = inputs[:, :, :num_single], inputs[:, :, num_single:]
-        parts = []
-        if single.shape[2]:
-            parts.append(functional.interpolate(single[:, :, 0], scale_factor=2.0)[:, :, None])
-        if doubled.shape[2]:
-            parts.append(functional.interpolate(doubled, scale_factor=2.0))
-        upsampled = torch.cat(parts, dim=2)  # [B,D,t',2h,2w]
-        num_frames = upsampled.shape[2]
-        flat = upsampled.permute(0, 2, 1, 3, 4).flatten(0, 1)  # [B·t',D,2h,2w]
-        return self.conv(flat).unflatten(0, (-1, num_frames)).permute(0, 2, 1, 3, 4)
+from common.cogvideox.autoencoder_layers import (
+    FASTER_CLASSES,
+    CogVideoXStreamingUpsample3D,
+    channels_last,
+    swap_classes,
+)
 
 
 class CogVideoXStreamingUpBlock3D(CogVideoXUpBlock3D):
@@ -61,17 +47,25 @@ class CogVideoXStreamingUpBlock3D(CogVideoXUpBlock3D):
         return hidden_states, new_cache
 
 
-def make_streamable(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
-    """Gives the decoder of a plain diffusers VAE the two classes above, in place; idempotent.
+STREAMING_CLASSES = {CogVideoXUpBlock3D: CogVideoXStreamingUpBlock3D, CogVideoXUpsample3D: CogVideoXStreamingUpsample3D}
 
-    Weights, keys, config and the VAE's own class stay as they are, so what is saved is a plain diffusers VAE. Decoding
-    changes only where diffusers returns a wrong number of frames.
+
+def use_fast_layers(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
+    """Gives encoder and decoder of a plain diffusers VAE the faster classes of autoencoder_layers.py, in place.
+
+    Weights, keys, config and the VAE's own class stay as they are, so what is saved is a plain diffusers VAE. Results
+    differ by float32 rounding at most. Idempotent, and cheap enough to be called before every use.
     """
-    for block in vae.decoder.up_blocks:
-        if type(block) is CogVideoXUpBlock3D:
-            block.__class__ = CogVideoXStreamingUpBlock3D
-            for upsampler in block.upsamplers or ():
-                upsampler.__class__ = CogVideoXStreamingUpsample3D
+    swap_classes(vae, FASTER_CLASSES)
+    return vae
+
+
+def make_streamable(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
+    """`use_fast_layers`, and a decoder that takes chunks of any length, in place; idempotent.
+
+    Decoding changes only where diffusers returns a wrong number of frames.
+    """
+    swap_classes(use_fast_layers(vae).decoder, STREAMING_CLASSES)
     return vae
 
 
@@ -79,12 +73,6 @@ def to_uint8(frames: Tensor) -> np.ndarray:
     """[…,3,h,w] of [−1,1] → uint8 […,h,w,3] in host memory; rounded and transposed where `frames` live."""
     levels = ((frames.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
     return levels.movedim(-3, -1).contiguous().cpu().numpy()
-
-
-def _without_pointwise(cache: dict) -> dict:
-    """The cache without the entries of 1×1×1 convolutions: diffusers keeps their whole inputs and never reads them."""
-    kept = {key: value for key, value in cache.items() if key not in ("conv_y", "conv_b")}
-    return {key: _without_pointwise(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 class StreamingDecoder:
@@ -116,9 +104,8 @@ class StreamingDecoder:
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
         frames = []
-        for piece in z.split(self._piece_lengths(z.shape[2]), dim=2):
-            decoded, cache = self.vae.decoder(piece, conv_cache=self._conv_cache)
-            self._conv_cache = _without_pointwise(cache)
+        for piece in channels_last(z).split(self._piece_lengths(z.shape[2]), dim=2):
+            decoded, self._conv_cache = self.vae.decoder(piece, conv_cache=self._conv_cache)
             frames.append(decoded)
         return torch.cat(frames, dim=2).transpose(1, 2).float()
 
@@ -145,5 +132,5 @@ def encode_frames(vae: AutoencoderKLCogVideoX, frames: Tensor) -> Tensor:
         float32 [B,F,C,H,W] on the VAE's device.
     """
     pixels = (frames.to(vae.device).float() / 127.5 - 1).to(vae.dtype).transpose(1, 2)  # [B,3,N,h,w]
-    posterior = vae.encode(pixels, return_dict=False)[0]
+    posterior = use_fast_layers(vae).encode(channels_last(pixels), return_dict=False)[0]
     return posterior.mode().transpose(1, 2).float() * vae.config.scaling_factor

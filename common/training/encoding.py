@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.cogvideox.autoencoder import use_fast_layers
+from common.cogvideox.autoencoder_layers import channels_last
 from common.training.random import SampleRandom
 
 
@@ -37,13 +39,11 @@ class EncodedBatch:
 @torch.no_grad()
 def encode_moments(vae: nn.Module, pixel_values: Tensor) -> Tensor:
     """Mean and log-variance of the VAE's posterior for uint8 clips [B, N, 3, 8H, 8W]: float32 [B, F, 2C, H, W]."""
-    weight = next(vae.parameters())
+    weight = next(use_fast_layers(vae).parameters())
     moments = []
     for clip in pixel_values:  # [N, 3, h, w]
         video = clip.to(weight.device).to(weight.dtype).div(127.5).sub(1.0).movedim(0, 1)[None]  # [1, 3, N, h, w]
-        # On the CPU PyTorch leaves a batch of one to its slow 3D convolution: two copies take a quarter of the time.
-        video = video.expand(2, -1, -1, -1, -1) if weight.device.type == "cpu" else video
-        parameters = vae.encode(video).latent_dist.parameters  # [1 or 2, 2C, F, H, W]
+        parameters = vae.encode(channels_last(video)).latent_dist.parameters  # [1, 2C, F, H, W]
         moments.append(parameters[0].movedim(1, 0).float())
     return torch.stack(moments)
 

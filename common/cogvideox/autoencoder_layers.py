@@ -1,0 +1,89 @@
+"""Layers of diffusers' VAE that compute the same with less: parameters and results are the replaced classes' own.
+
+Shapes: B batch, C latent channels, D a layer's channels, F latent frames, H W latent height/width, t h w the same of a
+layer's input (h = r·H and w = r·W for a whole number r).
+"""
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d, CogVideoXSpatialNorm3D
+from diffusers.models.upsampling import CogVideoXUpsample3D
+from torch import Tensor, nn
+from torch.nn import functional
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # not for every processor
+
+
+class CogVideoXOneDNNConv3d(CogVideoXSafeConv3d):
+    """`CogVideoXSafeConv3d` that asks for oneDNN on the CPU.
+
+    For one clip of few channels PyTorch takes another kernel (ConvParams::use_mkldnn wants a batch of 16 or
+    B·D·t·h > 20480), which needs four to twelve times as long. In bfloat16 it takes oneDNN by itself.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_slow = input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
+        if not is_slow or not HAS_ONEDNN or torch.compiler.is_compiling():  # torch.compile cannot trace the call
+            return super().forward(input)
+        return torch.mkldnn_convolution(
+            input, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+        )
+
+
+class CogVideoXLowResolutionSpatialNorm3D(CogVideoXSpatialNorm3D):
+    """`CogVideoXSpatialNorm3D` whose 1×1×1 convolutions see the latent before it is enlarged, not after.
+
+    Nearest-neighbour enlarging repeats numbers, and a convolution of one pixel makes equals of equals; so the order
+    does not matter but for r²·t/F times the work and two tensors of the layer's full size. diffusers also hands these
+    convolutions' inputs on to the next chunk, which never reads them; here the cache is empty.
+    """
+
+    def forward(
+        self, f: Tensor, zq: Tensor, conv_cache: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[B,D,t,h,w], [B,C,F,H,W] → [B,D,t,h,w], {}."""
+        scale, shift = (_repeat_frames(conv.conv(zq), f.shape[2]) for conv in (self.conv_y, self.conv_b))
+        normed = self.norm_layer(f)
+        tiles = normed.unflatten(4, (zq.shape[4], -1)).unflatten(3, (zq.shape[3], -1))  # a view [B,D,t,H,r,W,r]
+        tiles.mul_(scale[:, :, :, :, None, :, None]).add_(shift[:, :, :, :, None, :, None])
+        return normed, {}
+
+
+def _repeat_frames(z: Tensor, num_frames: int) -> Tensor:
+    """[B,D,F,H,W] → [B,D,t,H,W]; of an odd number of frames the first is the video's first, alone in its latent."""
+    single = 1 if num_frames > 1 and num_frames % 2 else 0
+    rest = functional.interpolate(z[:, :, single:], size=(num_frames - single, *z.shape[3:]))
+    return torch.cat([z[:, :, :single], rest], dim=2) if single else rest
+
+
+class CogVideoXStreamingUpsample3D(CogVideoXUpsample3D):
+    """`CogVideoXUpsample3D` that is told whether its input begins the video; its convolution, which sees one frame at
+    a time, comes before frames are doubled and not after."""
+
+    def forward(self, inputs: Tensor, is_first_chunk: bool = True) -> Tensor:
+        """[B,D,t,h,w] → [B,D,t',2h,2w]; where time is compressed t' = 2t, or 2t−1 in the first chunk."""
+        frames = inputs.transpose(1, 2)  # [B,t,D,h,w]
+        enlarged = functional.interpolate(frames.flatten(0, 1), scale_factor=2.0)
+        upsampled = self.conv(enlarged).unflatten(0, frames.shape[:2]).transpose(1, 2)  # [B,D,t,2h,2w]
+        num_single = 1 if is_first_chunk else 0  # leading frames that are not doubled in time
+        if not self.compress_time or upsampled.shape[2] == num_single:
+            return upsampled
+        doubled = functional.interpolate(upsampled[:, :, num_single:], scale_factor=(2.0, 1.0, 1.0))
+        return torch.cat([upsampled[:, :, :num_single], doubled], dim=2) if num_single else doubled
+
+
+FASTER_CLASSES = {
+    CogVideoXSafeConv3d: CogVideoXOneDNNConv3d,
+    CogVideoXSpatialNorm3D: CogVideoXLowResolutionSpatialNorm3D,
+}
+
+
+def swap_classes(module: nn.Module, classes: dict[type, type]) -> None:
+    """Gives every submodule of exactly a class in `classes` its successor's class, in place."""
+    for part in module.modules():
+        if type(part) in classes:
+            part.__class__ = classes[type(part)]
+
+
+def channels_last(video: Tensor) -> Tensor:
+    """[B,D,t,h,w]; on the CPU with channels next to each other in memory, as oneDNN wants it and all layers keep it."""
+    return video.contiguous(memory_format=torch.channels_last_3d) if video.device.type == "cpu" else video
