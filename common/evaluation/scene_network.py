@@ -28,7 +28,7 @@ class SceneReading:
     """What the network reads from B segments.
 
     features: [B, D], the layer that everything else is a linear function of.
-    logits: name of a label kind → [B, number of its values], in the order of the config.
+    logits: name of a label kind → [B, number of its values], in the order of `label_values`.
     motion: [B, 2], mean speed in m/s and mean yaw rate in rad/s (left is positive).
     degradation: [B, 5], estimated strength 0…1 of each of DEGRADATIONS.
     """
@@ -138,8 +138,8 @@ class SceneNetwork(ModelMixin, ConfigMixin):
         return self.read(segments, batch_size).features
 
     def label_values(self, kind: str) -> tuple[str, ...]:
-        """The values of a label kind, in the order of its logits."""
-        return tuple(self.config.labels[kind])
+        """The values of a label kind, in the order of its logits: alphabetical, since a saved config keeps no other."""
+        return tuple(sorted(self.config.labels[kind]))
 
     def labels_of_caption(self, caption: str) -> dict[str, str]:
         """What a caption names: kind → value; see `labels_of_caption`."""
