@@ -85,6 +85,7 @@ class SceneNetwork(ModelMixin, ConfigMixin):
         self.heads = nn.ModuleDict({kind: nn.Linear(feature_dim, len(values)) for kind, values in labels.items()})
         self.motion = nn.Linear(feature_dim, 2)
         self.degradation = nn.Linear(feature_dim, len(DEGRADATIONS))
+        self.register_buffer("motion_unit", torch.tensor(tuple(motion_scale)), persistent=False)
 
     def forward(self, frames: Tensor) -> SceneReading:
         """Segments uint8 [B, N, h, w, 3] → SceneReading.
@@ -100,8 +101,7 @@ class SceneNetwork(ModelMixin, ConfigMixin):
         pooled = self.pool(self.deep(self.motion_down(hidden)))  # [B, C, 1, 2, 3]
         features = self.feature(pooled.flatten(1))
         logits = {kind: head(features) for kind, head in self.heads.items()}
-        motion = self.motion(features) * features.new_tensor(self.config.motion_scale)
-        return SceneReading(features, logits, motion, self.degradation(features))
+        return SceneReading(features, logits, self.motion(features) * self.motion_unit, self.degradation(features))
 
     def _pictures(self, frames: Tensor) -> Tensor:
         """uint8 [B, N, h, w, 3] → [B, 3, N, height, width] in −1…1, in the network's number type."""

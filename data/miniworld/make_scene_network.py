@@ -31,7 +31,7 @@ from common.data.index import ClipRecord, read_index
 from common.data.video import ClipError, Video
 from common.evaluation.degradations import degrade
 from common.evaluation.scene_network import DEGRADATIONS, SceneNetwork, cut_segments
-from data.miniworld.base_training import Budget, fit
+from data.miniworld.base_training import Batch, Budget, fit
 from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS
 
 LABELS = {"biome": BIOME_WORDS, "weather": WEATHER_WORDS, "color": {color: [f"{color} car"] for color in COLORS}}
@@ -101,10 +101,11 @@ def mean_motion(motion: Tensor) -> Tensor:
     return motion[..., 1:, :].mean(-2)
 
 
-def draw_batch(clips: Clips, num_frames: int, batch_size: int, generator: torch.Generator) -> tuple:
+def draw_batch(clips: Clips, num_frames: int, batch_size: int, generator: torch.Generator) -> Batch:
     """Random segments, half of them mirrored, half of them damaged.
 
-    Returns frames uint8 [B, N, h, w, 3], motion [B, 2], labels kind → [B], degradation strengths [B, 5].
+    Returns "frames" uint8 [B, N, h, w, 3], "motion" [B, 2], "strengths" of the damage [B, 5], and each kind of label
+    by its name, int64 [B].
     """
     count, length = clips.frames.shape[:2]
     device = clips.frames.device
@@ -122,30 +123,29 @@ def draw_batch(clips: Clips, num_frames: int, batch_size: int, generator: torch.
         strength = float(torch.rand(1, generator=generator))
         frames[i : i + 1] = degrade(frames[i : i + 1], DEGRADATIONS[which], strength, on_device)
         strengths[i, which] = strength
-    return frames, motion, {kind: values[rows] for kind, values in clips.labels.items()}, strengths
+    labels = {kind: values[rows] for kind, values in clips.labels.items()}
+    return {"frames": frames, "motion": motion, "strengths": strengths, **labels}
 
 
-def scene_objective(
-    network: SceneNetwork, clips: Clips, batch_size: int, seed: int
-) -> Callable[[int, float], tuple[Tensor, dict[str, float]]]:
-    """`loss_of_step` for `fit`: cross entropy of the labels, mean squared error of motion and damage, both in units."""
-    look = torch.tensor([name in LOOK_DAMAGE for name in DEGRADATIONS], device=clips.frames.device)
-    unit = torch.tensor(network.config.motion_scale, device=clips.frames.device)
+def scene_loss(network: SceneNetwork) -> Callable[[Batch], Tensor]:
+    """`loss_of_batch` for `fit`: cross entropy of the labels, mean squared error of motion and damage."""
+    device = network.motion_unit.device
+    of_look = torch.tensor([float(name in LOOK_DAMAGE) for name in DEGRADATIONS], device=device)
 
-    def loss_of_step(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        frames, motion, labels, strengths = draw_batch(clips, network.config.num_frames, batch_size, generator)
-        reading = network(frames)
-        readable = 1 - (strengths * look).sum(-1)  # the more damage, the less a label is asked for
-        orderly = 1 - (strengths * ~look).sum(-1)  # and motion, where frames are missing or out of order
-        names = sum((readable * cross_entropy(reading.logits[k], labels[k], reduction="none")).mean() for k in labels)
-        steps = (orderly * readable * ((reading.motion - motion) / unit).square().mean(-1)).mean()
+    def loss_of_batch(batch: Batch) -> Tensor:
+        reading = network(batch["frames"])
+        strengths = batch["strengths"]
+        readable = 1 - strengths @ of_look  # the more damage, the less a label is asked for
+        orderly = 1 - strengths @ (1 - of_look)  # and motion, where frames are missing or out of order
+        names = sum(
+            (readable * cross_entropy(logits, batch[kind], reduction="none")).mean()
+            for kind, logits in reading.logits.items()
+        )
+        error = ((reading.motion - batch["motion"]) / network.motion_unit).square().mean(-1)
         damage = (reading.degradation - strengths).square().sum(-1).mean()
-        parts = {"labels": names, "motion": steps, "damage": damage}
-        shown = {name: f"{part:.3f}" for name, part in parts.items()} if step % 10 == 0 else {}  # it waits for a GPU
-        return names + MOTION_WEIGHT * steps + DEGRADATION_WEIGHT * damage, shown
+        return names + MOTION_WEIGHT * (orderly * readable * error).mean() + DEGRADATION_WEIGHT * damage
 
-    return loss_of_step
+    return loss_of_batch
 
 
 def measure(network: SceneNetwork, clips: Clips) -> dict[str, float]:
@@ -175,24 +175,30 @@ def make_scene_network(args: argparse.Namespace) -> SceneNetwork:
     train, heldout = clips.part(slice(-args.num_heldout)).to(args.device), clips.part(slice(-args.num_heldout, None))
     network.to(args.device)
     groups = [{"params": list(network.parameters()), "peak_lr": args.learning_rate}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
-    objective = scene_objective(network, train, args.batch_size, args.seed)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     partial = args.output_dir / ".partial"
     partial.mkdir(parents=True, exist_ok=True)
-    fit(network, optimizer, objective, Budget(args.steps), partial / "scene.pt", "scene network")
+
+    def batch_of_step(step: int, progress: float) -> Batch:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        return draw_batch(train, network.config.num_frames, args.batch_size, generator)
+
+    checkpoint = partial / "scene.pt"
+    fit(network, optimizer, batch_of_step, scene_loss(network), Budget(args.steps), checkpoint, "scene network")
     network.eval()
     network.rescale_features(network.features(cut_segments(train.frames[:200], network.config.num_frames)))
+    network.half().float()  # what is shipped has half precision: measure that
     figures = measure(network, heldout)
     for name, value in figures.items():
         print(f"{name}: {value:.4f} on {args.num_heldout} held-out clips")
-    network.to("cpu").save_pretrained(partial / "network")
+    network.to("cpu").half().save_pretrained(partial / "network")
     for file in (partial / "network").iterdir():
         os.replace(file, args.output_dir / file.name)
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate", "seed", "num_heldout")}
     record = {"settings": {**settings, "num_clips": len(records)}, "heldout": figures}
     (args.output_dir / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     shutil.rmtree(partial)
-    return network
+    return SceneNetwork.from_pretrained(args.output_dir)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
