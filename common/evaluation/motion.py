@@ -15,6 +15,7 @@ steps across it, `K` shifts, `V` candidate rates.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,23 +68,29 @@ class Motion:
     speed_confidence: Tensor
 
 
-def estimate_motion(frames: Tensor, camera: Camera, fps: float = 16.0) -> Motion:
+def estimate_motion(frames: Tensor, camera: Camera, fps: float = 16.0, gaps: Sequence[int] = GAPS) -> Motion:
     """Measures the motion in clips: uint8 [B, N, h, w, 3] on any device → Motion of float32 [B, N] there.
 
+    `gaps` are the numbers of frames between those compared. A gap of g spreads each change of motion over g − 1 frames
+    before and after it; (1,) is the sharpest in time, and the noisiest.
+
     Raises:
-        ValueError: for frames of another shape or type, or fewer than two of them.
+        ValueError: for frames of another shape or type, fewer than two of them, or gaps without 1.
     """
     if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; they have to be uint8 [B, N, h, w, 3]")
     if frames.shape[1] < 2:
         raise ValueError("a clip of one frame has no motion; give at least two")
-    clips = [_measure_clip(clip, camera, fps) for clip in frames]
+    gaps = [gap for gap in gaps if gap < frames.shape[1]]
+    if min(gaps, default=0) != 1:
+        raise ValueError(f"gaps are {gaps}; they have to be positive and to include 1")
+    clips = [_measure_clip(clip, camera, fps, gaps) for clip in frames]
     return Motion(*(torch.stack(values) for values in zip(*clips, strict=True)))
 
 
-def _measure_clip(frames: Tensor, camera: Camera, fps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _measure_clip(frames: Tensor, camera: Camera, fps: float, gaps: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Yaw rate, speed and their confidences, each [N], of uint8 [N, h, w, 3]."""
-    device, gaps = frames.device, [gap for gap in GAPS if gap < len(frames)]
+    device = frames.device
     yaw_rates = torch.arange(-MAX_YAW_RATE, MAX_YAW_RATE + YAW_STEP / 2, YAW_STEP, device=device)
     speeds = torch.arange(MIN_SPEED, MAX_SPEED + SPEED_STEP / 2, SPEED_STEP, device=device)
 
@@ -110,8 +117,8 @@ def _pool(curves: list[Tensor]) -> Tensor:
     A pair `gap` frames apart says something about each of the steps it spans, so a step's curve is the mean over the
     pairs across it, then over the gaps.
     """
-    steps = len(curves[0])
-    total = torch.zeros_like(curves[0])
+    steps = max(len(curve) for curve in curves)  # those of gap 1
+    total = curves[0].new_zeros(steps, curves[0].shape[1])
     for curve in curves:
         gap = steps + 1 - len(curve)
         spread = torch.zeros_like(total)
