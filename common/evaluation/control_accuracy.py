@@ -25,7 +25,7 @@ YAW_NOISE, YAW_DEVIATION = 0.04, 0.04  # rad/s
 SPEED_GRID = (-7.0, 14.0, 0.35)  # lowest, highest, step: m/s
 YAW_GRID = (-0.8, 0.8, 0.025)  # rad/s
 MOST_STEPS = 5  # of the grid: the largest deviation in a latent frame
-OUTLIER = 3.0  # standard deviations; measurements further off all cost the same
+OUTLIER = 2.0  # standard deviations; measurements further off are mistaken, and all cost the same
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ a plain translation along the direction of travel, so the speed is the shift at 
 correlate best. Both correlations are normalised, so weather, night and haze change only the confidence.
 
 Several gaps between frames are compared and their curves added: short gaps cannot be fooled by texture that repeats
-(kerbs every 2.75 m), long ones measure small motions more finely.
+(kerbs every 2.75 m), long ones measure small motions more finely and survive blur.
 
 Letters: `N` frames of one clip, `n` pairs of frames, `h w` picture, `D` bearings, `A` steps ahead on the ground, `R`
 steps across it, `K` shifts, `V` candidate rates.
@@ -33,7 +33,7 @@ BEARINGS = 128  # D
 FARTHEST = 13.0  # m ahead; beyond, a row of the picture covers more than a metre of ground
 STEP_AHEAD, STEP_ACROSS = 0.2, 0.4  # m
 HALF_WIDTH = 9.0  # m of ground to either side
-BASE = 1.4  # m
+BASE = 1.4  # m between the two points on the ground whose difference in brightness is followed
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,8 @@ def _yaw_curves(frames: Tensor, camera: Camera, gap: int, angles: Tensor) -> Ten
 
 
 def _ground_views(frames: Tensor, camera: Camera, ahead: Tensor, turned: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The ground seen from above: brightness [n, A, R, 3], high-passed, and where it is visible, [n or 1, A, R].
+    """The ground seen from above: how its colours change over BASE ahead, [n, A', R, 3], and where that is visible,
+    0 or 1, [n or 1, A', R]; A' is A less the steps in BASE.
 
     `ahead` [A] is metres from the camera; `turned` [n] turns the view about the pivot, to the left when positive: the
     pixel (a, r) shows what will be there after that turn.
