@@ -16,12 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXUpBl
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor
 
-from common.cogvideox.autoencoder_layers import (
-    FASTER_CLASSES,
-    CogVideoXStreamingUpsample3D,
-    channels_last,
-    swap_classes,
-)
+from common.cogvideox.autoencoder_layers import FASTER_CLASSES, CogVideoXStreamingUpsample3D, swap_classes
 
 
 class CogVideoXStreamingUpBlock3D(CogVideoXUpBlock3D):
@@ -104,7 +99,7 @@ class StreamingDecoder:
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
         frames = []
-        for piece in channels_last(z).split(self._piece_lengths(z.shape[2]), dim=2):
+        for piece in z.split(self._piece_lengths(z.shape[2]), dim=2):
             decoded, self._conv_cache = self.vae.decoder(piece, conv_cache=self._conv_cache)
             frames.append(decoded)
         return torch.cat(frames, dim=2).transpose(1, 2).float()
@@ -132,5 +127,5 @@ def encode_frames(vae: AutoencoderKLCogVideoX, frames: Tensor) -> Tensor:
         float32 [B,F,C,H,W] on the VAE's device.
     """
     pixels = (frames.to(vae.device).float() / 127.5 - 1).to(vae.dtype).transpose(1, 2)  # [B,3,N,h,w]
-    posterior = use_fast_layers(vae).encode(channels_last(pixels), return_dict=False)[0]
+    posterior = use_fast_layers(vae).encode(pixels, return_dict=False)[0]
     return posterior.mode().transpose(1, 2).float() * vae.config.scaling_factor

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from common.cogvideox.autoencoder import use_fast_layers
-from common.cogvideox.autoencoder_layers import channels_last
 from common.training.random import SampleRandom
 
 
@@ -43,7 +42,7 @@ def encode_moments(vae: nn.Module, pixel_values: Tensor) -> Tensor:
     moments = []
     for clip in pixel_values:  # [N, 3, h, w]
         video = clip.to(weight.device).to(weight.dtype).div(127.5).sub(1.0).movedim(0, 1)[None]  # [1, 3, N, h, w]
-        parameters = vae.encode(channels_last(video)).latent_dist.parameters  # [1, 2C, F, H, W]
+        parameters = vae.encode(video).latent_dist.parameters  # [1, 2C, F, H, W]
         moments.append(parameters[0].movedim(1, 0).float())
     return torch.stack(moments)
 
