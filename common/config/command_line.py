@@ -1,6 +1,7 @@
 """What the programs' command lines share: wrong arguments as one line, and outputs checked before any work."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +40,25 @@ def whole_number(minimum: int, step: int = 1) -> Callable[[str], int]:
 
 def positive_number(text: str) -> float:
     """An argument's `type`: a number of more than 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
+    value = _number(text)
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of more than 0")
     return value
+
+
+def not_negative_number(text: str) -> float:
+    """An argument's `type`: a number of 0 or more."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def refuse_unwritable(directory: str | os.PathLike, setting: str) -> None:

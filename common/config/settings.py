@@ -84,6 +84,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     mixed_precision: str = "bf16"  # "bf16": frozen weights and products in bfloat16; "no": all float32
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, slower
+    compile: bool = False  # compile each transformer block: faster steps after a minute or two of compiling
 
     # --- checkpoints and logs
     checkpointing_steps: int = 500  # optimizer steps between checkpoints

@@ -39,6 +39,7 @@ from common.data.video import ClipError, ClipTooShort, UnreadableVideo
 SHARD_BYTES = 256 << 20
 RENEW = "python -m common.tools.precompute --config <the same config>"
 VIDEO_DIGEST_BYTES = 4 << 20
+MAX_OPEN_SHARDS = 64  # of a reading process
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS windows (key TEXT PRIMARY KEY, shard TEXT, raw_frames BLOB, size INTEGER, mtime
@@ -167,9 +168,10 @@ class LatentCache:
         if not check_fingerprint(self.directory, fingerprint) or not (self.directory / "index.sqlite").is_file():
             raise UserError(f"latent_cache_dir: {self.directory} holds no cache; make it with {RENEW}")
         self._connection: tuple[int, sqlite3.Connection] | None = None
+        self._shards: dict[str, Any] = {}  # open files: opening one reads the names of all tensors in it
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_connection": None}
+        return self.__dict__ | {"_connection": None, "_shards": {}}
 
     def _row(self, query: str, key: str) -> tuple | None:
         if self._connection is None or self._connection[0] != os.getpid():  # SQLite must not cross a fork
@@ -178,8 +180,11 @@ class LatentCache:
 
     def _tensor(self, shard: str, name: str) -> Tensor:
         try:
-            with safe_open(self.directory / shard, framework="pt") as file:
-                return file.get_tensor(name)
+            if shard not in self._shards:
+                if len(self._shards) >= MAX_OPEN_SHARDS:
+                    self._shards.pop(next(iter(self._shards)))  # the one opened first
+                self._shards[shard] = safe_open(self.directory / shard, framework="pt")
+            return self._shards[shard].get_tensor(name)
         except (OSError, SafetensorError) as error:
             path = self.directory / shard
             raise UserError(f"latent_cache_dir: {path} is missing or damaged; run {RENEW} --renew") from error
@@ -213,7 +218,7 @@ class LatentCache:
 
 
 class LatentDataset(ClipDataset):
-    """The samples of VideoDataset, encoded: latent_moments float32 [F, 2C, H, W], prompt_embeds [L, D]."""
+    """The samples of VideoDataset, encoded: latent_moments [F, 2C, H, W], prompt_embeds [L, D], in the cache's type."""
 
     def __init__(self, records: list[ClipRecord], buckets: list[Bucket], cache: LatentCache, **options: Any):
         super().__init__(records, buckets, **options)
@@ -222,7 +227,7 @@ class LatentDataset(ClipDataset):
     def fetch(self, record: ClipRecord, bucket: Bucket, draw: int) -> dict[str, Any]:
         moments, frames = self.cache.window(record, bucket, draw % self.windows_per_clip)
         return {
-            "latent_moments": moments.float(),
+            "latent_moments": moments,
             "prompt_embeds": self.cache.prompt(record.caption),
             "raw_frames": torch.from_numpy(frames),
         }

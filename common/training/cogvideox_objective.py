@@ -28,8 +28,21 @@ from common.training.objective import Objective
 
 TRAIN_TIMESTEPS = 1000  # T of every CogVideoX scheduler; a base with another is refused
 
+MAX_COMPILED_KINDS = 64  # of calls of a block
+
 # Where the held-out loss is measured: the middle of each quarter of the T timesteps, so that a curve means something.
 VALIDATION_TIMESTEPS = (125, 375, 625, 875)
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    """Compiles each block by itself: they are alike, so one is compiled and the others reuse it.
+
+    Once for every kind of call: window length, dtype, with or without gradient, training or validation batch; that may
+    be more often than torch allows unasked.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_KINDS)
+    for block in (*transformer.transformer_blocks, *getattr(transformer, "control_blocks", ())):
+        block.compile(fullgraph=True)
 
 
 class CogVideoXObjective(Objective):
@@ -92,6 +105,9 @@ class CogVideoXObjective(Objective):
         """Products in `weight_dtype` where float32 weights meet it outside of the trainer's own autocast."""
         enabled = self.weight_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.weight_dtype if enabled else None, enabled=enabled)
+
+    def compile(self) -> None:
+        compile_blocks(self.module)
 
     def make_module(self, transformer: CogVideoXTransformer3DModel) -> nn.Module:
         """The trainable module made of the base's frozen transformer; `requires_grad` marks what is trained.

@@ -4,7 +4,7 @@ Shapes: B batch · F latent frames, F = 1 + G·W · G noise groups · W frames p
 H W latent height/width · N raw frames.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class StreamingSettings(TrainingSettings):
     """Settings of the stages that train on a sliding window."""
 
     num_noise_groups: int = 4  # G: a window is one condition frame and G groups of rising noise
+    window_frames: list[int] = field(default_factory=list)  # raw frames of a window, one length drawn a step; each
+    # window is cut at a random latent offset of its clip. [] takes whole clips
     uniform_timestep_share: float = 0.2  # share of samples with one timestep for all frames: a stream's start
     control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
 
@@ -60,6 +62,12 @@ class StreamingSettings(TrainingSettings):
                 raise SettingError(name, f"must lie between 0 and 1, got {getattr(self, name)}")
         for frames in self.frame_buckets:
             self.check_window("frame_buckets", frames)
+        for frames in self.window_frames:
+            self.check_window("window_frames", frames)
+            if frames > min(self.frame_buckets):
+                raise SettingError(
+                    "window_frames", f"{frames} is more than frame_buckets' shortest, {min(self.frame_buckets)}"
+                )
 
     def check_window(self, setting: str, num_raw_frames: int) -> None:
         """Refuses raw frames whose latent frames are not 1 + G·W."""
@@ -75,7 +83,7 @@ class StreamingSettings(TrainingSettings):
 
     def frames_per_group(self) -> int:
         """W of the longest window: what the exported scheduler streams with unless told otherwise."""
-        return (max(self.frame_buckets) - 1) // VAE_TIME_FACTOR // self.num_noise_groups
+        return (max(self.window_frames or self.frame_buckets) - 1) // VAE_TIME_FACTOR // self.num_noise_groups
 
 
 class ControlledObjective(CogVideoXObjective):
@@ -132,9 +140,37 @@ class ControlledObjective(CogVideoXObjective):
 
 
 class StreamingObjective(ControlledObjective):
-    """A model that streams: its validation videos are streams."""
+    """A model that streams: it is trained on windows, and its validation videos are streams."""
 
     default_transformer = (CogVideoXControlTransformer3DModel, {"control_dim": 768})
+
+    def cut_window(self, batch: EncodedBatch, rng: SampleRandom | None) -> EncodedBatch:
+        """A window from each clip at a random offset, all of one length; without `rng` the longest from each start.
+
+        Behind an offset the condition is an ordinary latent of four frames, as it is while streaming.
+        """
+        if not self.settings.window_frames:
+            return batch
+        lengths = sorted((frames - 1) // VAE_TIME_FACTOR + 1 for frames in self.settings.window_frames)
+        length = lengths[-1 if rng is None else rng.shared_randint(0, len(lengths))]
+        last = batch.latents.shape[1] - length
+        rows = torch.arange(len(batch), device=self.device)[:, None]  # [B,1]
+        offsets = torch.zeros_like(rows) if rng is None else rng.randint(0, last + 1)[:, None]
+        frames = offsets + torch.arange(length, device=self.device)  # [B,F]
+        return EncodedBatch(
+            batch.latents[rows, frames], batch.prompt_embeds, batch.control_indices[rows, frames], batch.sample_ids
+        )
+
+    def num_video_tokens(self, latents: Tensor) -> int:
+        return super().num_video_tokens(self.typical_window(latents))
+
+    def step_flops(self, batch: EncodedBatch) -> float:
+        return super().step_flops(replace(batch, latents=self.typical_window(batch.latents)))
+
+    def typical_window(self, latents: Tensor) -> Tensor:
+        """Latents of a window of mean length: what throughput is reckoned with."""
+        frames = self.settings.window_frames
+        return latents[:, : (round(sum(frames) / len(frames)) - 1) // VAE_TIME_FACTOR + 1] if frames else latents
 
     @torch.no_grad()
     def sample_stream(

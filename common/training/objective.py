@@ -90,6 +90,10 @@ class Objective(ABC):
         loss, metrics = self.loss(batch, rng)
         return {"loss": loss.detach(), **metrics}
 
+    def compile(self) -> None:
+        """Compiles what runs in every step; called before `module` is wrapped for its processes."""
+        self.module.compile()
+
     def after_optimizer_step(self, step: int) -> None:
         """What follows an optimizer step, such as an EMA update. `step` counts the finished steps."""
         return None

@@ -11,7 +11,7 @@ Shapes: B samples of this process's micro-batch; every draw has B first.
 
 import hashlib
 import random as python_random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -43,33 +43,43 @@ class SampleRandom:
         seed: the run's seed.
         step: optimizer step.
         slots: B global places of the samples within the step.
-        device: where the draws are made. The numbers differ between device types, not between devices of one type.
+        device: where the draws go. Small draws are made on the CPU: a GPU would need a launch for each sample. Normal
+            numbers differ between device types, not between devices of one type.
     """
 
     def __init__(self, seed: int, step: int, slots: Sequence[int] | Tensor, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self.slots = [int(slot) for slot in slots]
-        self.generators = [
-            torch.Generator(self.device).manual_seed(derive_seed("sample", seed, step, slot)) for slot in self.slots
-        ]
+        self.slots, self.key = [int(slot) for slot in slots], (seed, step)
+        seeds = [derive_seed("sample", seed, step, slot) for slot in self.slots]
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self._normal_generators = self.generators
+        if self.device.type != "cpu":
+            self._normal_generators = [torch.Generator(self.device).manual_seed(s) for s in seeds]
 
     def __len__(self) -> int:
         return len(self.generators)
 
-    def _per_sample(self, draw) -> Tensor:
-        return torch.stack([draw(generator) for generator in self.generators])
+    def _per_sample(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(generator) for generator in self.generators]).to(self.device, non_blocking=True)
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers [B, *shape]."""
-        return self._per_sample(lambda g: torch.randn(tuple(shape), generator=g, device=self.device, dtype=dtype))
+        numbers = torch.empty((len(self), *shape), device=self.device, dtype=dtype)
+        for row, generator in zip(numbers, self._normal_generators, strict=True):
+            row.normal_(generator=generator)
+        return numbers
+
+    def shared_randint(self, low: int, high: int) -> int:
+        """One number of low … high − 1 for the whole step: the same in every process."""
+        return low + derive_seed("step", *self.key) % (high - low)
 
     def uniform(self, shape: Sequence[int] = ()) -> Tensor:
         """Float32 numbers of [0, 1), [B, *shape]."""
-        return self._per_sample(lambda g: torch.rand(tuple(shape), generator=g, device=self.device))
+        return self._per_sample(lambda g: torch.rand(tuple(shape), generator=g))
 
     def randint(self, low: int, high: int, shape: Sequence[int] = ()) -> Tensor:
         """Int64 numbers of low … high − 1, [B, *shape]."""
-        return self._per_sample(lambda g: torch.randint(low, high, tuple(shape), generator=g, device=self.device))
+        return self._per_sample(lambda g: torch.randint(low, high, tuple(shape), generator=g))
 
     def bernoulli(self, probability: float) -> Tensor:
         """Bool [B], True with `probability`. Draws a number even at 0 and 1, so that a setting moves no later draw."""

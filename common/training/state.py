@@ -80,6 +80,8 @@ class TrainingState:
         module = objective.module
         if settings.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing()
+        if settings.compile:
+            objective.compile()
         module.train()
         if checkpoint is not None:
             checkpoints.load_module_state(module, checkpoints.read_tensors(checkpoint, "weights"), checkpoint)

@@ -1,9 +1,12 @@
-"""What the trained parts of the mini base model share: a budget of steps or minutes, a loop that survives a kill."""
+"""What the trained parts of the mini base model share: where they are put, how long and in which steps they train."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.config.errors import UserError
+
 WARM_UP = 0.05  # share of the budget
 EAGER_STEPS = 3  # of each kind of batch, before a CUDA graph is recorded
+
+# These do not change what is trained.
+IGNORED_ON_RESUME = ("device", "compile", "output_dir", "data_root", "index_file", "vae_index_file", "init_vae")
 
 Batch = dict[str, Tensor]
 
@@ -28,7 +36,9 @@ class Budget:
 
     def progress(self, step: int, seconds: float) -> float:
         """0 at the start, 1 when done."""
-        return step / self.steps if self.steps else min(seconds / max(60 * self.minutes, 1e-9), 1.0)
+        if not (self.steps or self.minutes):
+            return 1.0
+        return step / self.steps if self.steps else min(seconds / (60 * self.minutes), 1.0)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -41,6 +51,43 @@ def save_beside(state: object, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+class Workplace:
+    """The output directory: which parts are finished, and how they get there (beside first, then renamed)."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.output_dir: Path = args.output_dir
+        self.partial = self.output_dir / ".partial"
+        settings = {k: v for k, v in vars(args).items() if k not in IGNORED_ON_RESUME}
+        stamp = self.output_dir / "make_base.json"
+        if stamp.exists():
+            found = json.loads(stamp.read_text())["settings"]
+            changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
+            if changed:
+                raise UserError(
+                    f"{self.output_dir} was begun with other settings ({', '.join(changed)}); "
+                    "give those, or another --output_dir, or delete that one"
+                )
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self.record = json.loads(stamp.read_text()) if stamp.exists() else {"settings": settings}
+        self.note()
+
+    def note(self, **figures: object) -> None:
+        """Keeps figures in make_base.json."""
+        self.record.update(figures)
+        partial_path = self.partial / "make_base.json"
+        partial_path.write_text(json.dumps(self.record, indent=1) + "\n")
+        os.replace(partial_path, self.output_dir / "make_base.json")
+
+    def has(self, name: str) -> bool:
+        return (self.output_dir / name).is_dir()
+
+    def finish(self, name: str, save: Callable[[Path], object]) -> None:
+        """Puts a finished part in its place."""
+        shutil.rmtree(self.partial / name, ignore_errors=True)
+        save(self.partial / name)
+        os.replace(self.partial / name, self.output_dir / name)
 
 
 class TrainingStep:

@@ -18,7 +18,7 @@ from data.miniworld.base_text import MAX_TEXT_LENGTH, TEXT_DIM
 from data.miniworld.base_training import Batch
 
 CAPTION_DROPOUT = 0.1
-TIME_EMBED_DIM = 256
+TIME_EMBED_DIM = 32  # the modulation of a block is six vectors that vary smoothly with the noise level
 
 
 def make_scheduler() -> CogVideoXDDIMScheduler:
@@ -38,7 +38,7 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
 
 
 def make_transformer(
-    vae: AutoencoderKLCogVideoX, num_frames: int, patch_size: int = 2, num_layers: int = 6, num_heads: int = 4
+    vae: AutoencoderKLCogVideoX, num_frames: int, patch_size: int = 2, num_layers: int = 7, num_heads: int = 3
 ) -> CogVideoXTransformer3DModel:
     """An untrained transformer for the VAE's latents of videos of num_frames raw frames; heads are 64 wide.
 

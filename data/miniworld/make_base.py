@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -35,22 +34,27 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
-from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
+from common.config.command_line import ArgumentParser, not_negative_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.config.settings import VAE_TIME_FACTOR
 from common.data.index import ClipRecord, read_index
 from common.data.video import ClipError, ClipTooShort, Video
 from common.training.encoding import encode_prompts
 from data.miniworld import base_text, base_transformer, base_vae
-from data.miniworld.base_training import Budget, fit, save_beside
+from data.miniworld.base_training import Budget, Workplace, fit, save_beside
 from data.miniworld.muon import MuonAdam
 
 OUT_OF_MEMORY_HELP = (
     "out of memory: lower --vae_batch_size, --vae_image_batch_size, --transformer_batch_size, --max_clips"
 )
 
-# These do not change what is trained.
-IGNORED_ON_RESUME = ("device", "compile", "output_dir", "data_root", "index_file")
+
+def read_records(index: Path, args: argparse.Namespace) -> list[ClipRecord]:
+    """The first --max_clips clips of an index."""
+    records = read_index(index, args.data_root, needs_control=False)[: args.max_clips or None]
+    if len(records) <= args.num_heldout:
+        raise UserError(f"{index} has {len(records)} clips; --num_heldout {args.num_heldout} leaves none to train on")
+    return records
 
 
 def read_clip_pixels(record: ClipRecord, num_frames: int, height: int, width: int) -> Tensor:
@@ -71,43 +75,6 @@ def read_clips(records: list[ClipRecord], num_frames: int, height: int, width: i
         return list(tqdm(pool.map(read, records), total=len(records), desc="decoding clips", unit="clip"))
 
 
-class Workplace:
-    """The output directory: which parts are finished, and how they get there (beside first, then renamed)."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.output_dir: Path = args.output_dir
-        self.partial = self.output_dir / ".partial"
-        settings = {k: v for k, v in vars(args).items() if k not in IGNORED_ON_RESUME}
-        stamp = self.output_dir / "make_base.json"
-        if stamp.exists():
-            found = json.loads(stamp.read_text())["settings"]
-            changed = [f"{k} {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
-            if changed:
-                raise UserError(
-                    f"{self.output_dir} was begun with other settings ({', '.join(changed)}); "
-                    "give those, or another --output_dir, or delete that one"
-                )
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.record = json.loads(stamp.read_text()) if stamp.exists() else {"settings": settings}
-        self.note()
-
-    def note(self, **figures: object) -> None:
-        """Keeps figures in make_base.json."""
-        self.record.update(figures)
-        partial_path = self.partial / "make_base.json"
-        partial_path.write_text(json.dumps(self.record, indent=1) + "\n")
-        os.replace(partial_path, self.output_dir / "make_base.json")
-
-    def has(self, name: str) -> bool:
-        return (self.output_dir / name).is_dir()
-
-    def finish(self, name: str, save: Callable[[Path], object]) -> None:
-        """Puts a finished part in its place."""
-        shutil.rmtree(self.partial / name, ignore_errors=True)
-        save(self.partial / name)
-        os.replace(self.partial / name, self.output_dir / name)
-
-
 def make_text(place: Workplace, captions: list[str], seed: int) -> tuple[T5Tokenizer, T5EncoderModel]:
     """Tokenizer and text encoder, trained or drawn now or loaded from an earlier run."""
     if not place.has("tokenizer"):
@@ -118,14 +85,19 @@ def make_text(place: Workplace, captions: list[str], seed: int) -> tuple[T5Token
     return tokenizer, T5EncoderModel.from_pretrained(place.output_dir / "text_encoder").eval()
 
 
-def make_vae(place: Workplace, clips: list[Tensor], args: argparse.Namespace) -> AutoencoderKLCogVideoX:
-    """The trained VAE, its scaling_factor measured."""
+def make_vae(
+    place: Workplace, clips: list[Tensor], further: list[Tensor], args: argparse.Namespace
+) -> AutoencoderKLCogVideoX:
+    """The VAE, trained on all clips but the last of either list; its scaling_factor suits `clips`."""
     device = torch.device(args.device)
     if not place.has("vae"):
         torch.manual_seed(args.seed)
-        vae = base_vae.make_vae(args.height, args.width, tuple(args.vae_channels), args.latent_channels).to(device)
-        train, heldout = clips[: -args.num_heldout], clips[-args.num_heldout :]
-        windows = base_vae.Windows(train, args.seed)
+        if args.init_vae:
+            vae = AutoencoderKLCogVideoX.from_pretrained(args.init_vae, torch_dtype=torch.float32).to(device)
+        else:
+            vae = base_vae.make_vae(args.height, args.width, tuple(args.vae_channels), args.latent_channels).to(device)
+        train, more = clips[: -args.num_heldout], further[: -args.num_heldout]
+        windows = base_vae.Windows(train + more, args.seed)
         batches = base_vae.vae_batches(
             vae, windows, args.vae_image_share, args.vae_batch_size, args.vae_image_batch_size
         )
@@ -133,11 +105,13 @@ def make_vae(place: Workplace, clips: list[Tensor], args: argparse.Namespace) ->
         budget = Budget(args.vae_steps, 0.0 if args.vae_steps else args.vae_minutes)
         optimizer = MuonAdam(vae, args.vae_learning_rate)
         steps = fit(vae, optimizer, batches, loss, budget, place.partial / "vae.pt", "VAE")
-        psnr = base_vae.reconstruction_psnr(vae, heldout)
-        print(f"VAE: {steps} steps, {psnr:.2f} dB on {len(heldout)} held-out clips")
-        moments, _ = base_vae.encode_windows(vae, windows, min(16, len(train)), args.num_frames, lambda _: None)
+        heldout = [part[-args.num_heldout :] for part in (clips, further) if part]
+        psnr = [round(base_vae.reconstruction_psnr(vae, part), 3) for part in heldout]
+        print(f"VAE: {steps} steps, {psnr} dB on {args.num_heldout} held-out clips of each index")
+        windows = base_vae.Windows(train, args.seed)
+        moments, _ = base_vae.encode_windows(vae, windows, min(64, len(train)), args.num_frames, lambda _: None)
         vae.register_to_config(scaling_factor=base_vae.measured_scaling_factor(moments))
-        place.note(vae_steps_done=steps, vae_psnr=round(psnr, 3))
+        place.note(vae_steps_done=steps, vae_psnr=psnr)
         place.finish("vae", vae.save_pretrained)
     return AutoencoderKLCogVideoX.from_pretrained(place.output_dir / "vae").to(device).eval()
 
@@ -208,18 +182,18 @@ def keep_freed_memory() -> None:
 def make_base(args: argparse.Namespace) -> Path:
     """Makes what is missing of the pipeline in args.output_dir; returns that directory."""
     check_arguments(args)
-    records = read_index(args.index_file or args.data_root / "index.json", args.data_root, needs_control=False)
-    if args.max_clips:
-        records = records[: args.max_clips]
-    if len(records) <= args.num_heldout:
-        raise UserError(f"the index has {len(records)} clips; --num_heldout {args.num_heldout} leaves none to train on")
+    records = read_records(args.index_file or args.data_root / "index.json", args)
+    further = read_records(args.vae_index_file, args) if args.vae_index_file else []
     place = Workplace(args)
     if (args.output_dir / "model_index.json").exists():
         print(f"{args.output_dir} is complete; nothing to do")
         return args.output_dir
-    tokenizer, text_encoder = make_text(place, [record.caption for record in records], args.seed)
-    clips = [clip.to(args.device) for clip in read_clips(records, args.num_frames, args.height, args.width)]
-    vae = make_vae(place, clips, args)
+    tokenizer, text_encoder = make_text(place, [record.caption for record in records + further], args.seed)
+    clips, further_clips = (
+        [clip.to(args.device) for clip in read_clips(part, args.num_frames, args.height, args.width)]
+        for part in (records, further)
+    )
+    vae = make_vae(place, clips, further_clips, args)
     captions = [*(record.caption for record in records), ""]
     text = encode_prompts(tokenizer, text_encoder, captions, base_text.MAX_TEXT_LENGTH).to(args.device)
     transformer = make_transformer(place, vae, clips, text, args)
@@ -263,7 +237,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_frames", type=int, default=33, help="raw frames of the transformer's windows, 4n+1")
     add("--height", type=int, default=64, help="pixels, a multiple of 16; clips are resized and cropped to it")
     add("--width", type=int, default=96, help="pixels, a multiple of 16")
-    add("--vae_minutes", type=positive_number, default=3.5, help="minutes of VAE training")
+    add("--vae_index_file", type=Path, default=None, help="further clips, from which the VAE alone learns")
+    add("--init_vae", type=Path, default=None, help="directory of a VAE to go on from; with --vae_minutes 0 it stays")
+    add("--vae_minutes", type=not_negative_number, default=3.5, help="minutes of VAE training")
     add("--vae_steps", type=whole_number(0), default=0, help="VAE steps; when given, --vae_minutes does not count")
     add("--vae_image_share", type=float, default=0.6, help="share of VAE training on single frames, at its start")
     add("--vae_channels", type=int, nargs="+", default=list(base_vae.BLOCK_CHANNELS), help="width of each resolution")
@@ -276,8 +252,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--transformer_windows", type=int, default=120, help="windows encoded once for the transformer")
     add("--transformer_learning_rate", type=float, default=1e-3, help="peak")
     add("--patch_size", type=whole_number(1), default=2, help="latents to a side of a transformer token")
-    add("--num_layers", type=int, default=6, help="transformer layers")
-    add("--num_heads", type=int, default=4, help="attention heads, 64 wide each")
+    add("--num_layers", type=int, default=7, help="transformer layers")
+    add("--num_heads", type=int, default=3, help="attention heads, 64 wide each")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, for GPUs")
     add("--compile", action="store_true", help="torch.compile for the transformer; pays off from hundreds of steps")

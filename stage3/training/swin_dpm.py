@@ -5,7 +5,7 @@ H W latent height/width · T train timesteps.
 Source: Shift-Window Denoising Process Model, The Matrix, arXiv 2412.03568, section 3.3.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, sample_group_timesteps
 from common.config.errors import SettingError
-from common.config.settings import VAE_TIME_FACTOR
 from common.training.cogvideox_objective import TRAIN_TIMESTEPS
 from common.training.controlled_objective import StreamingObjective, StreamingSettings
 from common.training.encoding import EncodedBatch
@@ -30,7 +29,6 @@ class SwinDPMSettings(StreamingSettings):
 
     condition_timestep: int = CLEAN  # noise level of the condition frame, in training and sampling; -1 is clean
     carry_solver_history: bool = False  # sampling: a frame's x̂0 outlives the shift, so every step is of second order
-    window_frames: int = 0  # raw frames of a window, cut at a random latent offset of the clip; 0 takes all of it
 
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
     validation_control_guidance_scale: float = 3.0  # control guidance of the sample videos; 1 for none
@@ -46,17 +44,6 @@ class SwinDPMSettings(StreamingSettings):
                 "validation_num_inference_steps",
                 f"{steps} steps do not divide among {groups} noise groups; use {right}",
             )
-        if self.window_frames:
-            self.check_window("window_frames", self.window_frames)
-            if self.window_frames > min(self.frame_buckets):
-                raise SettingError(
-                    "window_frames",
-                    f"{self.window_frames} is more than frame_buckets' shortest, {min(self.frame_buckets)}",
-                )
-
-    def frames_per_group(self) -> int:
-        longest = self.window_frames or max(self.frame_buckets)
-        return (longest - 1) // VAE_TIME_FACTOR // self.num_noise_groups
 
     def build_objective(self) -> "SwinDPMObjective":
         return SwinDPMObjective(self)
@@ -72,11 +59,11 @@ class SwinDPMObjective(StreamingObjective):
         return transformer.requires_grad_(True)
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self._cut_window(batch, rng)
+        batch = self.cut_window(batch, rng)
         num_frames = batch.latents.shape[1]
         groups = sample_group_timesteps(
             len(batch), num_frames, self.settings.num_noise_groups, self.num_train_timesteps, rng.generators
-        )  # [B,F], frame 0 at 0
+        ).to(self.device, non_blocking=True)  # [B,F], frame 0 at 0
         # Some samples have one timestep for all frames and no condition, so that the same weights can start a
         # stream from text alone.
         uniform = rng.randint(0, self.num_train_timesteps)[:, None]  # [B,1]
@@ -91,7 +78,7 @@ class SwinDPMObjective(StreamingObjective):
     def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
         """At the middle of the noise range, per group and in all; windows from the clips' start."""
         num_groups = self.settings.num_noise_groups
-        batch = self._cut_window(batch, None)
+        batch = self.cut_window(batch, None)
         num_frames = batch.latents.shape[1]
         width, span = group_size(num_frames, num_groups), self.num_train_timesteps // num_groups
         levels = torch.arange(num_groups, device=self.device) * span + span // 2  # [G]
@@ -101,22 +88,6 @@ class SwinDPMObjective(StreamingObjective):
         error = self._velocity_error(batch, timesteps, is_condition, rows, rng)[:, 1:]  # [B,G·W]
         by_group = error.unflatten(1, (num_groups, width)).mean(dim=(0, 2))
         return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(by_group)}}
-
-    def _cut_window(self, batch: EncodedBatch, rng: SampleRandom | None) -> EncodedBatch:
-        """A window of `window_frames` from each clip, at a random offset, or at 0 without `rng`.
-
-        Behind an offset the condition is an ordinary latent of four frames, as it is while streaming.
-        """
-        if not self.settings.window_frames:
-            return batch
-        length = self._window_length(batch.latents)
-        last = batch.latents.shape[1] - length
-        rows = torch.arange(len(batch), device=self.device)[:, None]  # [B,1]
-        offsets = torch.zeros_like(rows) if rng is None else rng.randint(0, last + 1)[:, None]
-        frames = offsets + torch.arange(length, device=self.device)  # [B,F]
-        return EncodedBatch(
-            batch.latents[rows, frames], batch.prompt_embeds, batch.control_indices[rows, frames], batch.sample_ids
-        )
 
     def _velocity_error(
         self, batch: EncodedBatch, timesteps: Tensor, is_condition: Tensor, rows: Tensor, rng: SampleRandom
@@ -128,17 +99,6 @@ class SwinDPMObjective(StreamingObjective):
         noisy = mix_noise(batch.latents, noise, levels, self.alphas)
         prediction = self.predict(self.module, noisy, told, batch.prompt_embeds, rows)
         return self.velocity_error(prediction, batch.latents, noise, told)
-
-    def num_video_tokens(self, latents: Tensor) -> int:
-        return super().num_video_tokens(latents[:, : self._window_length(latents)])
-
-    def step_flops(self, batch: EncodedBatch) -> float:
-        return super().step_flops(replace(batch, latents=batch.latents[:, : self._window_length(batch.latents)]))
-
-    def _window_length(self, latents: Tensor) -> int:
-        """Latent frames of the window that is trained on."""
-        frames = self.settings.window_frames
-        return (frames - 1) // VAE_TIME_FACTOR + 1 if frames else latents.shape[1]
 
     def export(self, output_dir: Path) -> None:
         parts = {"transformer": self.plain_module, "scheduler": self.streaming_scheduler()}

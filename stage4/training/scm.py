@@ -28,7 +28,7 @@ from common.cogvideox.pipeline_io import component_config, write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
-from common.training.cogvideox_objective import TRAIN_TIMESTEPS
+from common.training.cogvideox_objective import TRAIN_TIMESTEPS, compile_blocks
 from common.training.controlled_objective import StreamingObjective, StreamingSettings
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
@@ -125,6 +125,7 @@ class SCMObjective(StreamingObjective):
         )
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.cut_window(batch, rng)
         timesteps, is_condition = self._sample_timesteps(batch.latents.shape[1], rng)  # [B,F]
         error = self._consistency_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
         learnt = (~is_condition).float()
@@ -229,6 +230,7 @@ class SCMObjective(StreamingObjective):
 
         Unlike the training loss, whose target moves along, this is a distance to something fixed.
         """
+        batch = self.cut_window(batch, None)
         num_frames, T, G = batch.latents.shape[1], self.num_train_timesteps, self.settings.num_noise_groups
         by_group = (torch.arange(G, device=self.device) + 1) * (T // G) - 1
         tops = self._with_condition(by_group.expand(len(batch), -1), num_frames)  # [B,F]
@@ -248,10 +250,15 @@ class SCMObjective(StreamingObjective):
 
     def step_flops(self, batch: EncodedBatch) -> float:
         """The student's forward and backward, the target's forward, and one of the teacher for every branch."""
-        settings, sizes = self.settings, (batch.latents.shape, batch.prompt_embeds.shape[1])
+        settings = self.settings
+        sizes = self.typical_window(batch.latents).shape, batch.prompt_embeds.shape[1]
         scales = settings.teacher_guidance_scale, settings.teacher_control_guidance_scale
         branches = 3 if settings.guidance_range else len(guidance_branches(*scales))
         return super().step_flops(batch) + (1 + branches) * forward_flops(self.plain_module.config, *sizes)
+
+    def compile(self) -> None:
+        for role in (self.module, self.target, self.teacher):
+            compile_blocks(role)
 
     def after_optimizer_step(self, step: int) -> None:
         update_ema(self.target, self.plain_module, self.settings.ema_decay)

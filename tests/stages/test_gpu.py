@@ -10,7 +10,7 @@ from tests.stages.conftest import TinyStages, read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PROMPT = "A red car drives along a sandy desert road."
-BF16 = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--validation_num_inference_steps", "4"]
+BF16 = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--compile", "--validation_num_inference_steps", "4"]
 
 
 @pytest.fixture(scope="module")

@@ -86,11 +86,14 @@ def test_stage3_window_is_cut_from_latents_and_signals_alike(tiny_models, batch)
     objective = load(3, tiny_models / "stage2", "--window_frames", "17")
     batch.latents[:] = torch.arange(F)[None, :, None, None, None].float()
     batch.control_indices[:] = torch.arange(F)
-    cut = objective._cut_window(batch, SampleRandom(0, 0, range(B)))
+    cut = objective.cut_window(batch, SampleRandom(0, 0, range(B)))
     assert cut.latents.shape[1] == 5
     assert torch.equal(cut.latents[:, :, 0, 0, 0].long(), cut.control_indices)
     assert len(cut.control_indices[:, 0].unique()) > 1 and (cut.control_indices.diff(dim=1) == 1).all()
     assert objective.num_video_tokens(batch.latents) == B * 5 * (H // 2) * (W // 2)
+    objective.settings.window_frames = [17, 33]
+    lengths = [objective.cut_window(batch, SampleRandom(0, step, range(B))).latents.shape[1] for step in range(20)]
+    assert set(lengths) == {5, 9} and objective.cut_window(batch, None).latents.shape[1] == 9
 
 
 @pytest.mark.parametrize("phases", ["1", "2"])

@@ -19,6 +19,12 @@ def test_another_seed_step_or_slot_draws_otherwise(other):
     assert not torch.equal(SampleRandom(0, 3, [4]).normal((8,)), SampleRandom(*other).normal((8,)))
 
 
+def test_shared_number_is_the_steps_own():
+    draws = [SampleRandom(0, step, [step % 3]).shared_randint(0, 3) for step in range(300)]
+    assert draws == [SampleRandom(0, step, [7, 8]).shared_randint(0, 3) for step in range(300)]
+    assert min(draws.count(value) for value in range(3)) > 60
+
+
 def test_seed_is_the_same_on_every_machine():
     # Whoever changes this number changes what every resumed run draws.
     assert derive_seed("sample", 1, 2, 3) == 3_615_570_767_436_277_948
