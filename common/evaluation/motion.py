@@ -115,19 +115,17 @@ def _pool(curves: list[Tensor]) -> Tensor:
     """Adds up what all pairs of frames say about each single step: curves of [N − gap, V] → [N − 1, V].
 
     A pair `gap` frames apart says something about each of the steps it spans, so a step's curve is the mean over the
-    pairs across it, then over the gaps.
+    pairs across it, and then over the gaps. At the ends of a clip fewer long pairs lie across a step, and to one side
+    only: there they count less.
     """
     steps = max(len(curve) for curve in curves)  # those of gap 1
-    total = curves[0].new_zeros(steps, curves[0].shape[1])
+    total, weight = curves[0].new_zeros(steps, curves[0].shape[1]), curves[0].new_zeros(steps, 1)
     for curve in curves:
         gap = steps + 1 - len(curve)
-        spread = torch.zeros_like(total)
-        count = curve.new_zeros(steps, 1)
         for offset in range(gap):
-            spread[offset : offset + len(curve)] += curve
-            count[offset : offset + len(curve)] += 1
-        total += spread / count
-    return total / len(curves)
+            total[offset : offset + len(curve)] += curve / gap
+            weight[offset : offset + len(curve)] += 1 / gap
+    return total / weight
 
 
 def _best(curves: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
