@@ -172,7 +172,8 @@ def test_embeddings_may_be_given_instead_of_a_prompt(streaming):
     embeds, negative = streaming.encode_prompt(PROMPT, max_sequence_length=16)
     without_encoder = CogVideoXStreamingPipeline(**{**streaming.components, "text_encoder": None})
     given = collect(without_encoder, 1, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative)
-    assert np.array_equal(given[0], collect(streaming, 1)[0])
+    # The latents differ by 5e-7, so a pixel may round to the neighbouring level.
+    assert np.abs(given[0].astype(int) - collect(streaming, 1)[0]).max() <= 1
 
 
 def test_a_stream_begins_in_the_end_of_its_init_video(streaming):
