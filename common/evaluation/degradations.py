@@ -12,7 +12,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
 
 # What strength 1 means: standard deviation of the blur in pixels of a 64-row picture, standard deviation of the noise
 # and of the colour shift in 0…255, share of the frames.
@@ -38,15 +37,19 @@ def blur(frames: Tensor, sigma: float) -> Tensor:
     """Gaussian blur within each frame; `sigma` in pixels."""
     if sigma <= 0:
         return frames.clone()
-    radius = max(1, min(math.ceil(3 * sigma), min(frames.shape[2:4]) - 1))
-    offsets = torch.arange(-radius, radius + 1, device=frames.device, dtype=torch.float32)
+    down, across = (_blur_matrix(size, sigma, frames.device) for size in frames.shape[2:4])
+    planes = frames.permute(0, 1, 4, 2, 3).float()  # [B, N, 3, h, w]
+    return _to_bytes((down @ planes @ across.T).permute(0, 1, 3, 4, 2))
+
+
+def _blur_matrix(size: int, sigma: float, device: torch.device) -> Tensor:
+    """[size, size]: each row the weights of a pixel's neighbours, those beyond the edge given to the edge pixel."""
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, device=device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    planes = frames.permute(0, 1, 4, 2, 3).flatten(0, 2)[:, None].float()  # [B·N·3, 1, h, w]
-    planes = pad(planes, (radius, radius, radius, radius), mode="replicate")
-    planes = conv2d(conv2d(planes, kernel[None, None, None, :]), kernel[None, None, :, None])
-    batch, count, height, width, _ = frames.shape
-    return _to_bytes(planes.view(batch, count, 3, height, width).permute(0, 1, 3, 4, 2))
+    neighbours = (torch.arange(size, device=device)[:, None] + offsets).clamp(0, size - 1)
+    matrix = torch.zeros(size, size, device=device)
+    return matrix.scatter_add_(1, neighbours, (kernel / kernel.sum()).expand(size, -1))
 
 
 def add_noise(frames: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:

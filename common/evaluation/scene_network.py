@@ -17,7 +17,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 # Pictures damaged in these ways are part of the training, and the network has to say how badly (0…1 each).
 DEGRADATIONS = ("blur", "noise", "color_shift", "frozen", "shuffled")
@@ -74,8 +74,7 @@ class SceneNetwork(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         first, second, third, fourth = channels
-        # The first layer sees three frames at full resolution: what moves a fraction of a pixel shows only there.
-        self.stem = _convolution(3, first, (3, 5, 5), (1, 2, 2))
+        self.stem = _convolution(6, first, (1, 5, 5), (1, 2, 2))
         self.down = _convolution(first, second, (1, 3, 3), (1, 2, 2))
         self.position = nn.Parameter(torch.zeros(second, 1, height // 4, width // 4))
         self.motion_down = _convolution(second, third, (3, 3, 3), (2, 2, 2))
@@ -96,8 +95,11 @@ class SceneNetwork(ModelMixin, ConfigMixin):
         check_frames(frames)
         if frames.shape[1] != self.config.num_frames:
             raise ValueError(f"segments have {frames.shape[1]} frames; this network reads {self.config.num_frames}")
-        hidden = self._pictures(frames)  # [B, 3, N, h, w]
-        hidden = self.down(self.stem(hidden)) + self.position  # [B, C, N, h/4, w/4]
+        pictures = self._pictures(frames)  # [B, 3, N, h, w]
+        # What changed since the frame before, at full resolution and enlarged: motion of a fraction of a pixel, noise,
+        # and frames that stand still or are out of order are small beside the picture itself, and would be learnt last.
+        changes = pad(4 * pictures.diff(dim=2), (0, 0, 0, 0, 1, 0))
+        hidden = self.down(self.stem(torch.cat([pictures, changes], dim=1))) + self.position  # [B, C, N, h/4, w/4]
         pooled = self.pool(self.deep(self.motion_down(hidden)))  # [B, C, 1, 2, 3]
         features = self.feature(pooled.flatten(1))
         logits = {kind: head(features) for kind, head in self.heads.items()}

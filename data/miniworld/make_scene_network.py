@@ -35,7 +35,7 @@ from data.miniworld.base_training import Batch, Budget, fit
 from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS
 
 LABELS = {"biome": BIOME_WORDS, "weather": WEATHER_WORDS, "color": {color: [f"{color} car"] for color in COLORS}}
-MOTION_WEIGHT, DEGRADATION_WEIGHT = 2.0, 2.0
+MOTION_WEIGHT, DEGRADATION_WEIGHT = 2.0, 6.0
 LOOK_DAMAGE = ("blur", "noise", "color_shift")  # may hide labels; the others leave every picture as it is
 
 
@@ -102,7 +102,10 @@ def mean_motion(motion: Tensor) -> Tensor:
 
 
 def draw_batch(clips: Clips, num_frames: int, batch_size: int, generator: torch.Generator) -> Batch:
-    """Random segments, half of them mirrored, half of them damaged.
+    """Random segments, half of them mirrored, half of them damaged; a third is played backwards.
+
+    Backwards the world moves against what the car's lean and its lights say: a network that sees such video too reads
+    motion from what moves.
 
     Returns "frames" uint8 [B, N, h, w, 3], "motion" [B, 2], "strengths" of the damage [B, 5], and each kind of label
     by its name, int64 [B].
@@ -116,6 +119,9 @@ def draw_batch(clips: Clips, num_frames: int, batch_size: int, generator: torch.
     mirrored = torch.arange(batch_size, device=device) % 2 == 0
     frames = torch.where(mirrored[:, None, None, None, None], frames.flip(3), frames)
     motion = torch.stack([motion[:, 0], torch.where(mirrored, -motion[:, 1], motion[:, 1])], dim=-1)
+    backwards = torch.arange(batch_size, device=device) % 3 == 0
+    frames = torch.where(backwards[:, None, None, None, None], frames.flip(1), frames)
+    motion = torch.where(backwards[:, None], -motion, motion)
     strengths = torch.zeros(batch_size, len(DEGRADATIONS), device=device)
     on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
     for i in range(batch_size // 2, batch_size):

@@ -56,7 +56,8 @@ def test_a_batch_is_mirrored_with_its_labels_and_damaged_as_it_says(clips):
     assert ((strengths > 0).sum(0) == 10 // len(DEGRADATIONS)).all()
     for i in range(10):  # undamaged: each is a window of a clip, turned around where the number is even
         picture = frames[i].flip(2) if i % 2 == 0 else frames[i]
-        sign = torch.tensor([1.0, -1.0 if i % 2 == 0 else 1.0])
+        picture = picture.flip(0) if i % 3 == 0 else picture
+        sign = torch.tensor([1.0, -1.0 if i % 2 == 0 else 1.0]) * (-1 if i % 3 == 0 else 1)
         places = [(c, s) for c in range(5) for s in range(5) if torch.equal(clips.frames[c, s : s + 16], picture)]
         expected = [mean_motion(clips.motion[c, s : s + 16]) * sign for c, s in places]
         assert any(torch.allclose(motion[i], truth) for truth in expected)
