@@ -72,14 +72,15 @@ def test_it_reads_motion(reading, true):
 
 @pytest.mark.parametrize("kind", DEGRADATIONS)
 def test_distance_grows_with_damage(network, true, reading, reference, kind):
+    """From the undamaged, and beyond what chance of the drive makes at this number of segments."""
     floor = frechet_distance(reading.features, reference)
-    distances = [floor]
+    distances = []
     for strength in STRENGTHS:
         damaged = degrade(true["frames"], kind, strength, torch.Generator().manual_seed(0))
-        distances.append(frechet_distance(network.features(damaged), reference))
+        distances.append(frechet_distance(network.features(damaged), reading.features))
     growth = [after / before for before, after in zip(distances, distances[1:], strict=False)]
-    assert min(growth) > 1.0, distances
-    assert distances[2] > 1.8 * floor and distances[-1] > 3.5 * floor, distances
+    assert min(growth) > 1.3 and distances[0] > 0.1, distances
+    assert distances[1] > floor and distances[2] > 2.5 * floor, (floor, distances)
 
 
 def test_it_names_the_damage(network, true, reading):
