@@ -5,9 +5,9 @@
 is the squared Wasserstein-2 distance between Gaussians of these moments (Dowson and Landau 1982), used for images by
 Heusel et al., arXiv 1706.08500 ("FID"), and for video by Unterthiner et al., arXiv 1812.01717. From n samples it comes
 out too large, by about 1/n times a constant that depends on the features (Chong and Forsyth, arXiv 1911.07023): true
-video compared with true video of the same n gives that floor, and `distance_floor` measures it. Most of the floor is the
-luck of which scenes are in a set: on the mini world 200 segments of 200 scenes lie 3 to 4 from a reference of other
-scenes, 0.3 from true video of the same captions with other drives. Compare with a reference of the same captions.
+video compared with true video of the same n gives that floor, and `distance_floor` measures it. Most of it is the luck
+of which scenes are in a set: on the mini world 200 segments lie 2 to 4 from a reference of other scenes, and 0.3 from
+true video of the same captions with other drives. Compare with a reference of the same captions.
 
 Everything is float64. Shapes: n m samples, D feature width.
 """
