@@ -42,7 +42,7 @@ def compile_blocks(transformer: nn.Module) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_KINDS)
     for block in (*transformer.transformer_blocks, *getattr(transformer, "control_blocks", ())):
-        block.compile(fullgraph=True)
+        block.compile(fullgraph=True, dynamic=False)
 
 
 class CogVideoXObjective(Objective):
