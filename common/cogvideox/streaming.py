@@ -5,6 +5,7 @@ frames of a chunk (4·W, the first time 4·W+1), h w pixels.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -60,6 +61,27 @@ class VideoStream(Iterator[np.ndarray]):
         if self.num_chunks is not None and self.num_chunks_done >= self.num_chunks:
             raise StopIteration
         return self.decode(self.advance())
+
+    @torch.no_grad()
+    def change_prompt(self, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None = None) -> None:
+        """From the next shift on the stream is told another prompt; window, noise and decoder go on as they are.
+
+        The frames already in the window keep what they have of the old prompt, so the picture turns over within a
+        window's length. Call it between two shifts, from the thread that makes them.
+
+        Args:
+            prompt_embeds: [B,L,text_embed_dim] as `encode_prompt` makes them, of the same length L as before.
+            negative_prompt_embeds: the same of what guidance leads away from; needed only where guidance is on text.
+        """
+        # A denoiser of its own, so that a stream which shares the old one hears nothing of it.
+        old = self.denoiser
+        embeds = [prompt_embeds if branch.use_text else negative_prompt_embeds for branch in old.branches]
+        hidden_states = torch.cat(embeds).to(old.device, old.dtype)  # [K·B,L,·]
+        before = old.constants["encoder_hidden_states"]
+        if hidden_states.shape != before.shape:
+            raise ValueError(f"the new prompt is {tuple(hidden_states.shape)}, the old one {tuple(before.shape)}")
+        self.denoiser = copy(old)
+        self.denoiser.constants = {**old.constants, "encoder_hidden_states": hidden_states}
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents as `advance` returns them, in that order → uint8 [N,h,w,3] or [B,N,h,w,3]."""

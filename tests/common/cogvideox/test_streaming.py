@@ -12,7 +12,7 @@ from common.cogvideox.scheduler import (
     CogVideoXSwinLCMScheduler,
     expand_group_timesteps,
 )
-from common.cogvideox.signal_sources import LiveSignals, ScheduledSignals, clip_signals, make_signal_source
+from common.cogvideox.signal_sources import make_signal_source
 from common.cogvideox.streaming import VideoStream
 from common.cogvideox.window import make_window_plan, num_chunks_for
 from common.config.errors import UserError
@@ -84,24 +84,6 @@ def test_a_schedule_reaches_exactly_its_frames(scheduler, width, from_text):
     assert made == expected
 
 
-def test_names_are_one_a_raw_frame_and_the_last_holds():
-    tokens = ["D"] * 8 + ["DL"] * 5 + ["B"] * 3
-    source = make_signal_source(iter(tokens), VOCABULARY)
-    assert source.window(0, 5) == [0, 0, 1, 1, 1]  # raw frames 0 4 8 12, then the end: the last one read
-    assert make_signal_source(["D", "N", "N", "N", "BR"], VOCABULARY).window(0, 3) == [0, 5, 5]
-    assert make_signal_source("NL", VOCABULARY).window(3, 2) == [7, 7]
-    assert make_signal_source(None, None).window(0, 2) == [-1, -1]
-
-
-def test_a_schedule_is_read_only_as_far_as_the_window_reaches():
-    taken = []
-    source = ScheduledSignals((taken.append(j) or j % 9 for j in range(1000)), VOCABULARY)
-    for shift in range(20):
-        assert source.window(2 * shift, 9) == [(2 * shift + i) % 9 for i in range(9)]
-        assert len(taken) == 2 * shift + 9
-    assert len(source._ahead) == 9
-
-
 @pytest.mark.parametrize("scheduler", ["dpm", "lcm"])
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("from_text", [True, False])
@@ -125,29 +107,54 @@ def test_live_the_newest_command_rules_everything_still_in_noise(scheduler, widt
         assert len(oracle.told) > before
 
 
-def test_the_condition_keeps_the_command_it_was_finished_under():
-    commands = iter(["D", "DL", "N"])
-    source = LiveSignals(lambda: next(commands), VOCABULARY)
-    assert [source.window(f, 3) for f in (0, 0, 2)] == [[0, 0, 0], [0, 1, 1], [1, 6, 6]]
+# Another prompt
 
 
-@pytest.mark.parametrize(
-    "control, word",
-    [(["D"] * 4 + ["UP"], "'UP'"), ([9], "control index 9"), ([-2], "control index -2"), ([], "empty")],
-)
-def test_wrong_signals_are_named(control, word):
-    with pytest.raises(UserError, match=word):
-        make_signal_source(control, VOCABULARY).window(0, 3)
+def prompt_stream(text_scale=1.0, seed=0):
+    """A stream of the second signal whose truth is moved by what the text says; and a prompt of a given value."""
+
+    class Reader(Oracle):
+        def forward(self, hidden_states, encoder_hidden_states, timestep, control_embeds, **rest):
+            said = encoder_hidden_states.mean(dim=(1, 2))[:, None, None]
+            return super().forward(hidden_states, encoder_hidden_states, timestep, control_embeds + said)
+
+    def prompt(value):
+        return torch.full((1, 2, 3), float(value))
+
+    stream, _ = make_stream([[1] * 60], "dpm", seed=seed, oracle=Reader(leak=0.1))
+    branches = guidance_branches(text_scale, 1)
+    stream.denoiser = GuidedDenoiser(Reader(leak=0.1), branches, prompt(0), prompt(0), VOCABULARY)
+    return stream, prompt
 
 
-def test_control_for_a_model_without_it_and_too_few_signals_are_refused():
-    with pytest.raises(UserError, match="stage 2"):
-        make_signal_source(["D"], None)
-    with pytest.raises(UserError, match="5 control signals for a clip that needs 9"):
-        clip_signals(["D"] * 5, 3, VOCABULARY)
-    with pytest.raises(UserError, match="2 control signals for a clip that needs 3"):
-        clip_signals([0, 1], 3, VOCABULARY)
-    assert clip_signals(["D"] * 8 + ["N"], 3, VOCABULARY) == [0, 0, 6] == clip_signals([0, 0, 6], 3, VOCABULARY)
+@pytest.mark.parametrize("text_scale", [1.0, 3.0])
+def test_a_new_prompt_rules_from_the_next_shift_on_and_changes_nothing_before(text_scale):
+    plain, _ = prompt_stream(text_scale)
+    changed, prompt = prompt_stream(text_scale)
+    expected = [plain.advance() for _ in range(6)]
+    made = [changed.advance() for _ in range(3)]
+    changed.change_prompt(prompt(20), prompt(0))
+    made += [changed.advance() for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(made[:3], expected, strict=False))
+    for before, after in zip(expected[3:], made[3:], strict=True):
+        torch.testing.assert_close(after - before, torch.full_like(after, 20 * text_scale), atol=0.3, rtol=0)
+    again, prompt = prompt_stream(text_scale)  # at the same shift the same change gives the same frames
+    [again.advance() for _ in range(3)]
+    again.change_prompt(prompt(20), prompt(0))
+    assert torch.equal(again.advance(), made[3])
+
+
+def test_the_same_prompt_again_changes_nothing_and_a_shared_denoiser_is_not_told():
+    plain, prompt = prompt_stream()
+    changed, _ = prompt_stream()
+    shared = changed.denoiser
+    for _ in range(3):
+        changed.change_prompt(prompt(0), prompt(0))
+        assert torch.equal(changed.advance(), plain.advance())
+    changed.change_prompt(prompt(5))  # without guidance on text nobody asks for the negative prompt
+    assert shared.constants["encoder_hidden_states"].abs().max() == 0
+    with pytest.raises(ValueError, match="the new prompt is"):
+        changed.change_prompt(torch.zeros(1, 7, 3))
 
 
 # Noise levels
