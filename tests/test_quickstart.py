@@ -36,7 +36,6 @@ if program == "common.tools.train" and os.environ.get("HOLD_AT") == stage:
     (root / "holding").touch()
     time.sleep(60)
 made = {{
-    "data.miniworld.make_base": ["base/model_index.json"],
     "common.tools.precompute": ["latents/fingerprint.json"],
     "common.tools.train": [f"{{stage}}/model_index.json", f"{{stage}}/pytorch_lora_weights.safetensors"],
     "stage1/fuse_lora_weights.py": ["stage1_fused/model_index.json"],
@@ -120,7 +119,7 @@ def test_every_program_exists_and_takes_its_arguments(quickstart, monkeypatch):
     tips = said.split("What to try next:")[1].replace("\\\n", " ").splitlines()
     calls = quickstart.calls() + [[".", *shlex.split(tip)[1:]] for tip in tips if tip.strip().startswith("python ")]
     programs = [next(word for word in call[1:] if word != "-m") for call in calls]
-    assert programs.count("common.tools.train") == 4 and len(calls) == 15 and programs[-1] == "stage4/inference.py"
+    assert programs.count("common.tools.train") == 4 and len(calls) == 14 and programs[-1] == "stage4/inference.py"
 
     parse = argparse.ArgumentParser.parse_args
 
@@ -150,16 +149,6 @@ def test_a_second_run_makes_only_drives_that_are_missing_or_older_than_their_mod
     (quickstart.world / "stage1" / "pytorch_lora_weights.safetensors").touch()
     quickstart.run()
     assert drives() == ["stage1/fuse_lora_weights.py", "stage1/inference.py"]
-
-
-def test_a_new_base_sets_aside_what_was_made_from_the_older_one(quickstart):
-    quickstart.run()
-    (quickstart.world / "stage2" / "model_index.json").write_text("of the older base")
-    shutil.rmtree(quickstart.world / "base")
-    assert "what was made from an older one is put into" in quickstart.run()
-    assert (quickstart.world / "of_an_older_base" / "stage2" / "model_index.json").read_text() == "of the older base"
-    assert (quickstart.world / "stage2" / "model_index.json").read_text() == "made"
-    assert "older one" not in quickstart.run()
 
 
 def test_ctrl_c_ends_it_though_training_leaves_with_0(quickstart):

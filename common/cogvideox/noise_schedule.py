@@ -48,19 +48,23 @@ def sample_group_timesteps(
     Returns:
         int64 [B,F] on the generator's device.
     """
-    width = group_size(num_frames, num_noise_groups)
-    if num_train_timesteps % num_noise_groups:
-        raise UserError(f"{num_train_timesteps} train timesteps do not divide into {num_noise_groups} noise groups")
     span = num_train_timesteps // num_noise_groups
     if generator is None or isinstance(generator, torch.Generator):
         device = "cpu" if generator is None else generator.device
-        offset = torch.randint(0, span, (batch_size, 1), generator=generator, device=device)  # [B,1]
+        offset = torch.randint(0, span, (batch_size,), generator=generator, device=device)  # [B]
     else:
-        draws = [torch.randint(0, span, (1,), generator=g, device=g.device) for g in generator]
-        offset = torch.stack(draws)  # [B,1]
-    start = torch.arange(num_noise_groups, device=offset.device) * span  # [G]
-    levels = (offset + start).repeat_interleave(width, dim=1)  # [B,G·W]
-    return torch.cat([torch.zeros_like(offset), levels], dim=1)
+        offset = torch.stack([torch.randint(0, span, (), generator=g, device=g.device) for g in generator])  # [B]
+    return group_timesteps(offset, num_frames, num_noise_groups, num_train_timesteps)
+
+
+def group_timesteps(offset: Tensor, num_frames: int, num_noise_groups: int, num_train_timesteps: int) -> Tensor:
+    """Timesteps of windows whose group g is at offset + g·T/G, the condition frame at 0: offset [B] → int64 [B,F]."""
+    width = group_size(num_frames, num_noise_groups)
+    if num_train_timesteps % num_noise_groups:
+        raise UserError(f"{num_train_timesteps} train timesteps do not divide into {num_noise_groups} noise groups")
+    start = torch.arange(num_noise_groups, device=offset.device) * (num_train_timesteps // num_noise_groups)  # [G]
+    levels = (offset[:, None] + start).repeat_interleave(width, dim=1)  # [B,G·W]
+    return torch.cat([torch.zeros_like(levels[:, :1]), levels], dim=1)
 
 
 def expand_group_timesteps(timesteps: Tensor, num_frames: int, num_noise_groups: int) -> Tensor:

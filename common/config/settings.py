@@ -85,6 +85,7 @@ class TrainingSettings:
     mixed_precision: str = "bf16"  # "bf16": frozen weights and products in bfloat16; "no": all float32
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, slower
     compile: bool = False  # compile each transformer block: faster steps after a minute or two of compiling
+    cuda_graph: bool = False  # record the step once and replay it: for small models on one GPU, with cached latents
 
     # --- checkpoints and logs
     checkpointing_steps: int = 500  # optimizer steps between checkpoints
@@ -116,6 +117,12 @@ class TrainingSettings:
         self._check_ranges()
         self._check_choices()
         self._check_buckets()
+        if self.cuda_graph:
+            for name, needed in (("gradient_checkpointing", False), ("gradient_accumulation_steps", 1)):
+                if getattr(self, name) != needed:
+                    raise SettingError("cuda_graph", f"needs {name} = {needed}; a recorded step has no other form")
+            if not self.latent_cache_dir:
+                raise SettingError("cuda_graph", "needs latent_cache_dir; encoding videos cannot be recorded")
         if self.latent_cache_dir and self.windows_per_clip == 0:
             raise SettingError("latent_cache_dir", "a cache holds fixed windows; set windows_per_clip to 1 or more")
 

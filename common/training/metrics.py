@@ -25,7 +25,7 @@ class Means:
     def add(self, values: dict[str, Tensor]) -> None:
         """Adds one step's scalars. Within a step all processes have the same names."""
         for name, value in values.items():
-            value = value.detach().double()
+            value = value.detach().to(torch.float64, copy=True)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 

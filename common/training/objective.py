@@ -95,7 +95,10 @@ class Objective(ABC):
         self.module.compile()
 
     def after_optimizer_step(self, step: int) -> None:
-        """What follows an optimizer step, such as an EMA update. `step` counts the finished steps."""
+        """What follows an optimizer step, such as an EMA update. `step` counts the finished steps.
+
+        With `cuda_graph` it is recorded with the step: what it does on the device is repeated, the call is not.
+        """
         return None
 
     def checkpoint_modules(self) -> dict[str, nn.Module]:

@@ -25,9 +25,13 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def build_optimizer(settings: Any, module: nn.Module) -> torch.optim.AdamW:
     """AdamW over every trained parameter, with the settings' decoupled weight decay on all of them."""
+    parameters = list(trained_parameters(module).values())
+    recorded = settings.cuda_graph and parameters[0].device.type == "cuda"
     return torch.optim.AdamW(
-        trained_parameters(module).values(),
-        lr=settings.learning_rate,
+        parameters,
+        # A recorded step reads the rate of the moment from the device.
+        lr=torch.tensor(settings.learning_rate, device=parameters[0].device) if recorded else settings.learning_rate,
+        capturable=recorded,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
@@ -54,7 +58,10 @@ def restore_lr_scheduler(
         {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
     )
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

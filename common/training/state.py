@@ -97,10 +97,13 @@ class TrainingState:
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.objective.after_optimizer_step(self.step + 1)
+        return optimizers.whole_tensor(norm)
+
+    def advance(self) -> None:
+        """The step is done: it counts, and the next one has its own learning rate."""
         self.lr_scheduler.step()
         self.step += 1
-        self.objective.after_optimizer_step(self.step)
-        return optimizers.whole_tensor(norm)
 
     def save(self) -> None:
         """Writes checkpoint-`step` unless it is written already. All processes gather, the main one writes."""

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.config.errors import UserError, is_out_of_memory
+from common.config.errors import SettingError, UserError, is_out_of_memory
 from common.data.loader import build_train_loader, build_validation_batch
 from common.training.checkpoints import find_checkpoint, read_state
 from common.training.encoding import EncodedBatch
@@ -34,6 +35,7 @@ from common.training.metrics import RunLog
 from common.training.objective import Objective
 from common.training.random import SampleRandom, seed_everything
 from common.training.state import TrainingState
+from common.training.step_graph import StepGraph
 from common.training.throughput import StepClock, peak_flops, peak_memory_gib
 from common.training.validation import Validator, validation_control
 
@@ -61,6 +63,7 @@ class Trainer:
         self.build_held_out = build_held_out or build_validation_batch
         self.output_dir = Path(settings.output_dir)
         self.batch_shape: tuple[int, ...] | None = None
+        self.step_graph: StepGraph | None = None
 
     def train(self) -> None:
         """Runs to max_train_steps and exports; or to SIGTERM or SIGINT, saves and returns.
@@ -113,6 +116,10 @@ class Trainer:
         self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
         check_writable(self.output_dir)
         self.state = TrainingState(settings, self.objective, accelerator, checkpoint)
+        if settings.cuda_graph:
+            if accelerator.num_processes > 1:
+                raise SettingError("cuda_graph", f"is for one process, here are {accelerator.num_processes}")
+            self.step_graph = StepGraph(self.micro_step, accelerator.device)
         self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)
         self.clock = StepClock()
         self.peak_flops = peak_flops(accelerator.device, accelerator.mixed_precision)
@@ -178,7 +185,7 @@ class Trainer:
         """
         settings, state, objective = self.settings, self.state, self.objective
         micro_steps = settings.gradient_accumulation_steps
-        losses, metrics, sample_ids, tokens, flops = [], [], [], 0, 0.0
+        means, sample_ids, tokens, flops = [], [], 0, 0.0
         for micro_step in range(micro_steps):
             batch = next(self.batches)
             # What draws from a global generator (after the loader, which does) is a function of the step as well.
@@ -187,24 +194,34 @@ class Trainer:
             # micro-step of four draws.
             slots = micro_step * state.samples_per_micro_step + batch["slots"]
             rng = SampleRandom(settings.seed, state.step, slots, self.accelerator.device)
-            encoded = objective.encoder.encode(batch, rng)
-            self.batch_shape = tuple(encoded.latents.shape)
-            # Processes average their gradients once, at the last micro-step.
-            is_last = micro_step == micro_steps - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(objective.module):
-                loss, values = objective.loss(encoded, rng)
-                self.accelerator.backward(loss / micro_steps)
-            losses.append(loss.detach())
-            metrics.append(values)
-            sample_ids += encoded.sample_ids
+            take = self.step_graph or partial(self.micro_step, is_last=micro_step == micro_steps - 1)
+            values, encoded = take(batch, rng)
+            means.append(values)
+            sample_ids += batch["sample_ids"]
             tokens += objective.num_video_tokens(encoded.latents)
             flops += self.flops_of(encoded)
-        grad_norm = state.optimizer_step()
+        state.advance()
 
-        loss = torch.stack(losses).mean()
-        state.guard.note(state.step, sample_ids, loss, grad_norm)
-        state.means.add({"loss": loss, "grad_norm": grad_norm, **mean_of_dicts(metrics)})
+        values = mean_of_dicts(means)
+        state.guard.note(state.step, sample_ids, values["loss"], values["grad_norm"])
+        state.means.add(values)
         return tokens * self.accelerator.num_processes, flops * self.accelerator.num_processes
+
+    def micro_step(
+        self, batch: dict[str, Any], rng: SampleRandom, is_last: bool = True
+    ) -> tuple[dict[str, Tensor], EncodedBatch]:
+        """Loss and gradients of a micro-batch, after the last of a step the optimizer's work.
+
+        Returns scalars (loss, the objective's metrics, after the last the gradient's norm), and the encoded batch.
+        """
+        encoded = self.objective.encoder.encode(batch, rng)
+        self.batch_shape = tuple(encoded.latents.shape)
+        # Processes average their gradients once, at the last micro-step.
+        with nullcontext() if is_last else self.accelerator.no_sync(self.objective.module):
+            loss, values = self.objective.loss(encoded, rng)
+            self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
+        values = {"loss": loss.detach(), **values}
+        return values | ({"grad_norm": self.state.optimizer_step()} if is_last else {}), encoded
 
     def flops_of(self, encoded: EncodedBatch) -> float:
         if self.peak_flops is None:
@@ -225,7 +242,7 @@ class Trainer:
         values = {
             "loss": means.pop("loss"),
             "grad_norm": means.pop("grad_norm"),
-            "lr": state.lr_scheduler.get_last_lr()[0],
+            "lr": float(state.lr_scheduler.get_last_lr()[0]),
             "s_per_step": rates["s_per_step"],
             "video_tokens_per_s": rates["tokens_per_s"],
             "mfu": mfu,

@@ -9,7 +9,7 @@ from stage1.training.lora import LoraSettings
 args = LoraSettings()
 
 # --- model and output
-args.pretrained_model_name_or_path = "../../outputs/miniworld/base"  # str: pipeline directory to start from
+args.pretrained_model_name_or_path = "../../data/miniworld/weights/base"  # str: pipeline directory to start from
 args.output_dir = "../../outputs/miniworld/stage1"  # str: checkpoints, logs, sample videos, and the result
 
 # --- data
@@ -42,7 +42,7 @@ args.checkpoints_total_limit = 1  # int | None: how many checkpoints are kept
 args.logging_steps = 10  # int: optimizer steps between log lines
 args.validation_steps = 80  # int: held-out loss at the start and the end, sample videos at the end
 args.validation_prompts = [  # list[str]: one sample video each
-    "A red car drives through a wide desert of sand under a clear sky, seen from behind, with the horizon far away.",
+    "A red car drives through a wide sandy desert with red mesas under a clear sky. Striped kerbs line the road.",
 ]
 args.validation_num_inference_steps = 8  # int: denoising steps of the sample videos
 args.validation_guidance_scale = 2.0  # float: text guidance of the sample videos

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cogvideox.noise_schedule import CLEAN, group_size, mix_noise
+from common.cogvideox.noise_schedule import CLEAN, group_size, group_timesteps, mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import write_pipeline
-from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, sample_group_timesteps
+from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler
 from common.config.errors import SettingError
 from common.training.cogvideox_objective import TRAIN_TIMESTEPS
 from common.training.controlled_objective import StreamingObjective, StreamingSettings
@@ -61,9 +61,9 @@ class SwinDPMObjective(StreamingObjective):
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.cut_window(batch, rng)
         num_frames = batch.latents.shape[1]
-        groups = sample_group_timesteps(
-            len(batch), num_frames, self.settings.num_noise_groups, self.num_train_timesteps, rng.generators
-        ).to(self.device, non_blocking=True)  # [B,F], frame 0 at 0
+        num_groups = self.settings.num_noise_groups
+        offset = rng.randint(0, self.num_train_timesteps // num_groups)  # [B]
+        groups = group_timesteps(offset, num_frames, num_groups, self.num_train_timesteps)  # [B,F], frame 0 at 0
         # Some samples have one timestep for all frames and no condition, so that the same weights can start a
         # stream from text alone.
         uniform = rng.randint(0, self.num_train_timesteps)[:, None]  # [B,1]

@@ -1,0 +1,39 @@
+"""What is shipped: complete pipeline directories in half precision, nothing twice."""
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file
+
+from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.config.errors import UserError
+from data.miniworld import pack_weights
+
+
+def packed(output_dir, *pipelines):
+    return pack_weights.pack(pack_weights.parse_arguments(["--output_dir", str(output_dir), *pipelines]))
+
+
+def test_packed_pipelines_load_and_share_what_is_equal(tiny_models, tiny_base, tmp_path):
+    size = packed(tmp_path, f"base={tiny_base}", f"stage3={tiny_models / 'stage3'}")
+    assert (tmp_path / "stage3" / "vae").readlink().as_posix() == "../base/vae"
+    assert not (tmp_path / "stage3" / "transformer").is_symlink()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert size == sum({path.resolve(): path.stat().st_size for path in files}.values())
+    plain = CogVideoXPipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
+    assert next(plain.transformer.parameters()).dtype == torch.float32
+    ours = CogVideoXStreamingPipeline.from_pretrained(tmp_path / "stage3", torch_dtype=torch.float32)
+    original = CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage3")
+    for (name, a), b in zip(ours.transformer.named_parameters(), original.transformer.parameters(), strict=True):
+        assert torch.equal(a, b.half().float()), name
+    assert ours.scheduler.config == original.scheduler.config
+    for file in (tmp_path / "stage3").rglob("*.safetensors"):
+        assert all(not t.is_floating_point() or t.dtype == torch.float16 for t in load_file(file).values())
+
+
+def test_what_is_no_pipeline_or_too_large_is_refused(tiny_base, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="NAME=DIRECTORY"):
+        packed(tmp_path, str(tiny_base))
+    monkeypatch.setattr(pack_weights, "LARGEST_FILE", 1000)
+    with pytest.raises(UserError, match="are shipped"):
+        packed(tmp_path, f"base={tiny_base}")
