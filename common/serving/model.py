@@ -1,0 +1,202 @@
+"""What the player plays: a streaming pipeline, its sizes and signals, and the streams that it opens.
+
+What is asked for is checked, and everything that clients are told about the model is read, before the weights are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.pipeline_io import component_config, load_component, read_model_index
+from common.cogvideox.streaming import VideoStream
+from common.cogvideox.window import make_window_plan
+from common.cogvideox.window_scheduler import SwinSchedulerMixin
+from common.config.errors import UserError
+from common.config.model_directory import resolve_pipeline_directory
+from common.config.settings import SIZE_MULTIPLE, VAE_TIME_FACTOR
+from common.data.video import read_clip
+from common.serving.protocol import NULL_SIGNAL, ControlLog
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FROM_TEXT = "text"
+MAX_CLIPS = 64
+Progress = Callable[[float, str], None]
+
+
+class TextEmbeds(NamedTuple):
+    """A prompt and the negative prompt, each [1,L,text_embed_dim] in host memory."""
+
+    prompt: Tensor
+    negative: Tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fixes a new stream: prompt, seed, where it begins, and the log to follow if it is a replay."""
+
+    prompt: str
+    seed: int
+    start: str = FROM_TEXT
+    log: ControlLog | None = None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Where the model is and how to run it; None leaves a choice to the model."""
+
+    model_path: str
+    device: str | None = None
+    dtype: str | None = None
+    frames_per_group: int | None = 1
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    control_guidance_scale: float = 1.0
+    height: int | None = None
+    width: int | None = None
+    fps: float = 16.0
+    clips: Path | None = None
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What clients are told before the weights are there. `signals` are the vocabulary's names in order."""
+
+    name: str
+    signals: list[str]
+    height: int
+    width: int
+    fps: float
+    frames_per_chunk: int
+    settings: str = ""
+    clips: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def neutral(self) -> str | None:
+        """The command while nobody drives."""
+        return "N" if "N" in self.signals else None
+
+    def index(self, signal: str | None) -> int:
+        return NULL_SIGNAL if signal is None else self.signals.index(signal)
+
+
+def choose_device(options: ModelOptions) -> tuple[torch.device, torch.dtype]:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device, DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+
+
+def load_scheduler(options: ModelOptions) -> SwinSchedulerMixin:
+    """The model's scheduler with the frames per group that were asked for; a `UserError` if the steps do not fit."""
+    scheduler = load_component(options.model_path, "scheduler")
+    if options.frames_per_group:
+        scheduler = type(scheduler).from_config(scheduler.config, frames_per_group=options.frames_per_group)
+    if options.num_inference_steps:
+        make_window_plan(scheduler, options.num_inference_steps, torch.device("cpu"))
+    return scheduler
+
+
+def find_clips(directory: Path | None) -> dict[str, Path]:
+    """Name → file of the videos to start from. Clients choose among the names; they never name a file."""
+    if directory is None:
+        return {}
+    if not directory.is_dir():
+        raise UserError(f"--clips {directory}: there is no such directory")
+    clips = {path.stem[:100]: path for path in sorted(directory.glob("*.mp4")) if path.stem != FROM_TEXT}
+    if not clips:
+        raise UserError(f"--clips {directory}: holds no .mp4 file")
+    return dict(list(clips.items())[:MAX_CLIPS])
+
+
+def inspect_model(options: ModelOptions) -> ModelInfo:
+    """Reads all but the weights; what does not fit together is a `UserError` now."""
+    directory = resolve_pipeline_directory(options.model_path)
+    index = read_model_index(directory, expected="CogVideoXStreamingPipeline")
+    choose_device(options)
+    scheduler = load_scheduler(options)
+    config = component_config(directory, "transformer", index)[1]
+    scale = 2 ** (len(component_config(directory, "vae", index)[1]["block_out_channels"]) - 1)
+    height, width = options.height or config["sample_height"] * scale, options.width or config["sample_width"] * scale
+    if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+        raise UserError(f"--height {height} --width {width}: use multiples of {SIZE_MULTIPLE}")
+    signals = list(load_component(directory, "control_vocabulary").names) if index.get("control_vocabulary") else []
+    width_of_group = scheduler.config.frames_per_group
+    steps = options.num_inference_steps or "default"
+    guidance = f"{options.guidance_scale or 'default'}/{options.control_guidance_scale:g}"
+    return ModelInfo(
+        name=directory.resolve().name[:100],
+        signals=signals,
+        height=height,
+        width=width,
+        fps=options.fps,
+        frames_per_chunk=width_of_group * VAE_TIME_FACTOR,
+        settings=f"{width}x{height} frames_per_group={width_of_group} steps={steps} guidance={guidance}",
+        clips=find_clips(options.clips),
+    )
+
+
+class WorldModel:
+    """A pipeline on its device. Made, and its streams advanced, by one thread; `encode` by any."""
+
+    def __init__(self, pipeline: CogVideoXStreamingPipeline, options: ModelOptions, info: ModelInfo):
+        self.pipeline, self.options, self.info = pipeline, options, info
+
+    @classmethod
+    def load(cls, options: ModelOptions, info: ModelInfo, progress: Progress) -> "WorldModel":
+        progress(0.05, "reading the model's weights")
+        device, dtype = choose_device(options)
+        pipeline = CogVideoXStreamingPipeline.from_pretrained(
+            options.model_path, torch_dtype=dtype, scheduler=load_scheduler(options)
+        )
+        progress(0.5, f"moving the model to {device.type}")
+        pipeline = pipeline.to(device)
+        if options.compile:
+            pipeline.transformer.compile()
+        return cls(pipeline, options, info)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> TextEmbeds:
+        """Through host memory, so that threads (and streams of a GPU) share nothing that one of them could free."""
+        length = self.pipeline.transformer.config.max_text_seq_length
+        device = self.pipeline.device
+        embeds = self.pipeline.encode_prompt(prompt, "", max_sequence_length=length, device=device)
+        return TextEmbeds(*(each.cpu() for each in embeds))
+
+    def open(self, start: Start, embeds: TextEmbeds, control: Callable[[], Any]) -> VideoStream:
+        """A new stream; `control` is asked once a shift, and returns a name or −1."""
+        options, info = self.options, self.info
+        init_video = None
+        if start.start != FROM_TEXT:
+            frames = VAE_TIME_FACTOR * (self.pipeline.scheduler.num_window_frames - 1) + 1
+            init_video = read_clip(info.clips[start.start], frames, info.height, info.width, info.fps, from_end=True)
+        device = self.pipeline.device
+        return self.pipeline.stream(
+            None,
+            control if info.signals else None,
+            init_video,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            control_guidance_scale=options.control_guidance_scale,
+            prompt_embeds=embeds.prompt.to(device),
+            negative_prompt_embeds=embeds.negative.to(device),
+            height=info.height,
+            width=info.width,
+            seed=start.seed,
+        )
+
+    def memory_bytes(self) -> int:
+        """What is held now: on the GPU, else resident in this process."""
+        if self.pipeline.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.pipeline.device)
+        import psutil  # accelerate brings it
+
+        return psutil.Process().memory_info().rss
