@@ -84,20 +84,19 @@ def summary_table(report: dict[str, Any]) -> str:
             lines.append((
                 label(row, report), variant, with_interval(control.get("macro_f1")),
                 with_interval(control.get("share_of_ceiling")), with_interval(distance.get("distance"), 2),
-                plain(distance.get("floor"), 2), with_interval(text.get("all")), *_speed_cells(row),
+                plain(distance.get("floor"), 2), with_interval(text.get("all")), *_speed_cells(row, variant),
             ))  # fmt: skip
     return table(head, lines)
 
 
-def _speed_cells(row: Row) -> tuple[str, str, str]:
+def _speed_cells(row: Row, variant: str) -> tuple[str, str, str]:
     """Latency at the model's own W, forwards, and seconds a frame."""
-    own = next(iter(row["measures"].get("drift", {}).values()), None)
-    latencies = row["measures"].get("latency", {})
-    width = max(latencies, key=lambda name: (name == own, name), default=None)
+    speed, latencies = row["speed"], row["measures"].get("latency", {}) if variant == "streams" else {}
+    own = f"w{speed['forwards_per_frames'] // 4}" if speed else "live"
     latency = "–"
-    if width is not None:
-        latency = f"{plain(latencies[width]['median'][0], 1)} / {plain(latencies[width]['percentile_95'], 1)}"
-    speed = row["speed"]
+    if latencies:
+        summary = latencies.get(own) or next(iter(latencies.values()))
+        latency = f"{plain(summary['median'][0], 1)} / {plain(summary['percentile_95'], 1)}"
     if not speed:
         return latency, "–", "–"
     forwards = f"{speed['forwards']:g} / {speed['forwards_per_frames']} frames"

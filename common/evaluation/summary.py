@@ -29,9 +29,17 @@ def interval_json(interval: Interval) -> list[float]:
     return [interval.value, interval.low, interval.high]
 
 
-def over_videos(statistic: Callable[[Tensor], float], num_videos: int) -> list[float]:
-    """A statistic of video numbers int64 [n] with its interval."""
-    return interval_json(bootstrap_interval(statistic, num_videos))
+def over_videos(
+    statistic: Callable[[Tensor], float], num_videos: int, lowest: float = 0.0, highest: float = math.inf
+) -> list[float]:
+    """A statistic of video numbers int64 [n] with its interval, cut off where the statistic cannot be."""
+    value, low, high = interval_json(bootstrap_interval(statistic, num_videos))
+    return [value, max(low, lowest), min(high, highest)]
+
+
+def share_of_videos(statistic: Callable[[Tensor], float], num_videos: int) -> list[float]:
+    """`over_videos` of something between 0 and 1."""
+    return over_videos(statistic, num_videos, 0.0, 1.0)
 
 
 def _quantile(values: Tensor, share: float) -> float:
@@ -54,7 +62,7 @@ def control_summary(values: Sequence[Values], num_signals: int, ceiling: Sequenc
         return macro_f1(true[rows], obeyed[rows], num_signals)
 
     summary = {
-        "macro_f1": over_videos(f1, len(true)),
+        "macro_f1": share_of_videos(f1, len(true)),
         "macro_f1_of_seeds": [macro_f1(*signals_of([part]), num_signals) for part in values],
         "confusion": confusion_matrix(true, obeyed, num_signals).tolist(),
         "num_videos": len(true),
@@ -94,9 +102,8 @@ def frechet_summary(values: Sequence[Values], reference: Sequence[Values], floor
         return statistics_distance(*map(FeatureStatistics.of, sets))
 
     everyone = torch.arange(len(features))
-    value, low, high = over_videos(lambda rows: distance(features, rows), len(features))
     summary = {
-        "distance": [value, max(low, 0.0), high],
+        "distance": over_videos(lambda rows: distance(features, rows), len(features)),
         "num_samples": features.shape[0] * features.shape[1],
         "num_reference_samples": against[..., 0].numel(),
     }
@@ -112,10 +119,10 @@ def text_summary(values: Sequence[Values]) -> Values:
     verdicts = [[math.nan if v is None else v for part in values for v in part["correct"][kind]] for kind in kinds]
     table = torch.tensor(verdicts, dtype=torch.float64)  # [kinds, V]
     summary = {
-        kind: over_videos(lambda rows, row=row: float(row[rows].nanmean()), len(row))
+        kind: share_of_videos(lambda rows, row=row: float(row[rows].nanmean()), len(row))
         for kind, row in zip(kinds, table, strict=True)
     }
-    every = over_videos(lambda rows: float(table[:, rows].nanmean(dim=1).nanmean()), table.shape[1])
+    every = share_of_videos(lambda rows: float(table[:, rows].nanmean(dim=1).nanmean()), table.shape[1])
     return {**summary, "all": every, "num_videos": table.shape[1]}
 
 
@@ -149,8 +156,8 @@ def latency_summary(values: Sequence[Values], num_signals: int) -> Values:
         return macro_f1(true[rows], now[rows], num_signals) - macro_f1(true[rows], known[rows], num_signals)
 
     for name, obeyed in (("live_f1", now), ("ahead_f1", known)):
-        summary[name] = over_videos(lambda rows, o=obeyed: macro_f1(true[rows], o[rows], num_signals), len(true))
-    return summary | {"live_minus_ahead": over_videos(gain, len(true))}
+        summary[name] = share_of_videos(lambda rows, o=obeyed: macro_f1(true[rows], o[rows], num_signals), len(true))
+    return summary | {"live_minus_ahead": over_videos(gain, len(true), -1.0, 1.0)}
 
 
 # ---- drift -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ L text tokens · D model width.
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -95,7 +96,7 @@ class StepClock:
         self._restart()
 
     def _restart(self) -> None:
-        self.steps, self.tokens, self.flops, self.paused = 0, 0, 0.0, 0.0
+        self.steps, self.tokens, self.flops, self.paused, self.waited = 0, 0, 0.0, 0.0, 0.0
         self.started = time.perf_counter()
 
     def step(self, tokens: int, flops: float | None) -> bool:
@@ -108,6 +109,13 @@ class StepClock:
         self.flops += flops or 0.0
         return False
 
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """What it encloses counts as time in which the device got nothing new to do."""
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
     def pause(self) -> None:
         self.pause_started = time.perf_counter()
 
@@ -115,13 +123,15 @@ class StepClock:
         self.paused += time.perf_counter() - self.pause_started
 
     def read(self) -> dict[str, float | None]:
-        """Seconds per step, this process's video tokens and operations per second since the last reading."""
+        """Since the last reading: seconds per step, of which the share spent waiting for data, and this process's video
+        tokens and operations per second."""
         seconds = time.perf_counter() - self.started - self.paused
         if self.steps == 0:
-            rates = {"s_per_step": None, "tokens_per_s": None, "flops_per_s": None}
+            rates = {"s_per_step": None, "data_wait": None, "tokens_per_s": None, "flops_per_s": None}
         else:
             rates = {
                 "s_per_step": seconds / self.steps,
+                "data_wait": self.waited / seconds,
                 "tokens_per_s": self.tokens / seconds,
                 "flops_per_s": self.flops / seconds or None,
             }

@@ -187,7 +187,8 @@ class Trainer:
         micro_steps = settings.gradient_accumulation_steps
         means, sample_ids, tokens, flops = [], [], 0, 0.0
         for micro_step in range(micro_steps):
-            batch = next(self.batches)
+            with self.clock.waiting_for_data():
+                batch = next(self.batches)
             # What draws from a global generator (after the loader, which does) is a function of the step as well.
             seed_everything(settings.seed, state.step, micro_step, self.accelerator.process_index)
             # A sample's slot is its place in the whole optimizer step: four micro-steps of one sample draw what one
@@ -244,6 +245,7 @@ class Trainer:
             "grad_norm": means.pop("grad_norm"),
             "lr": float(state.lr_scheduler.get_last_lr()[0]),
             "s_per_step": rates["s_per_step"],
+            "data_wait": rates["data_wait"],
             "video_tokens_per_s": rates["tokens_per_s"],
             "mfu": mfu,
             "peak_memory_gib": peak_memory_gib(self.accelerator.device),

@@ -72,12 +72,14 @@ def test_clock_counts_steps_only(monkeypatch):
     now = 50.0  # the first step compiles
     assert clock.step(10, 1.0) and clock.read()["s_per_step"] is None
     for _ in range(2):
-        now += 2.0
+        with clock.waiting_for_data():
+            now += 0.5
+        now += 1.5
         assert not clock.step(10, 8.0)
     clock.pause()
     now += 100.0  # a validation
     clock.resume()
-    assert clock.read() == {"s_per_step": 2.0, "tokens_per_s": 5.0, "flops_per_s": 4.0}
+    assert clock.read() == {"s_per_step": 2.0, "data_wait": 0.25, "tokens_per_s": 5.0, "flops_per_s": 4.0}
     now += 1.0
     clock.step(10, None)
-    assert clock.read() == {"s_per_step": 1.0, "tokens_per_s": 10.0, "flops_per_s": None}
+    assert clock.read() == {"s_per_step": 1.0, "data_wait": 0.0, "tokens_per_s": 10.0, "flops_per_s": None}

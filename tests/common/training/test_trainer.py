@@ -119,7 +119,9 @@ def test_log_has_rates_after_the_first_steps_and_goes_to_tensorboard(toy_data, t
     train(toy_data, tmp_path, max_train_steps=6, report_to="tensorboard")
     lines = log_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    wanted = {"loss", "grad_norm", "lr", "s_per_step", "video_tokens_per_s", "mfu", "peak_memory_gib", "mean_t"}
+    wanted = {
+        "loss", "grad_norm", "lr", "s_per_step", "data_wait", "video_tokens_per_s", "mfu", "peak_memory_gib", "mean_t",
+    }  # fmt: skip
     assert all(wanted <= line.keys() for line in lines)
     assert [line["s_per_step"] is None for line in lines] == [True, True, False, False, False, False]
     for line in lines[2:]:
