@@ -5,6 +5,13 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 need_environment scripts/requirements-dev.txt
 
+# The live player's page is tested in a real browser. Without one its tests are skipped and say so.
+if ! command -v chromium chromium-browser google-chrome > /dev/null && [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null; then
+    echo "installing Chromium for the tests of the player's page"
+    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium) > /dev/null 2>&1 \
+        || echo "Chromium could not be installed: the page goes untested"
+fi
+
 ruff check .
 ruff format --check .
 # One process a core, one thread a process: the models are tiny. Long tests first would be best; loadfile keeps the
