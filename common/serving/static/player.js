@@ -242,7 +242,10 @@ $("toggle-stats").addEventListener("click", () => { allStats = !allStats; showSt
 
 if (document.fullscreenEnabled) {
   $("fullscreen").hidden = false;
-  $("fullscreen").addEventListener("click", () => $("stage").requestFullscreen());
+  $("fullscreen").addEventListener("click", () => {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else $("stage").parentElement.requestFullscreen();
+  });
 }
 
 showStats();

@@ -43,8 +43,7 @@ export function setUpWorld(send, leave) {
   }
 
   function reset() {
-    const [random] = crypto.getRandomValues(new Uint32Array(1));
-    const seed = $("seed").value === "" ? random : Number($("seed").value);
+    const seed = $("seed").value === "" ? Math.floor(1e6 * Math.random()) : Number($("seed").value);
     const message = { type: "reset", start: $("start").value, seed };
     if (prompt.value.trim()) message.prompt = prompt.value.trim();
     if (send(message)) done();
@@ -69,7 +68,7 @@ export function setUpWorld(send, leave) {
     },
     follow(status) {
       if (!edited && status.prompt && status.prompt !== prompt.value) setPrompt(status.prompt);
-      $("seed").placeholder = Number.isInteger(status.seed) ? `random (now ${status.seed})` : "random";
+      $("seed-now").textContent = Number.isInteger(status.seed) ? `· now ${status.seed}` : "";
     },
     enable(driving) {
       $("apply").disabled = $("reset").disabled = !driving;

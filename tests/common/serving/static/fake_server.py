@@ -9,8 +9,6 @@ import mimetypes
 import struct
 import threading
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,13 +17,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
-import common.serving
+from common.serving.app import HEADERS, STATIC
 
-STATIC = Path(common.serving.__file__).parent / "static"
-POLICY = (  # as common.serving.app sends it
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 SIGNALS = ["D", "DL", "DR", "B", "BL", "BR", "N", "NL", "NR"]
 BURST = 8  # frames that a window shift finishes
 
@@ -172,7 +165,5 @@ def encode_jpeg(picture: np.ndarray) -> bytes:
 
 
 def response(code: int, body: bytes, kind: str) -> Response:
-    fields: Sequence[tuple[str, str]] = [
-        ("Content-Type", kind), ("Content-Length", str(len(body))), ("Content-Security-Policy", POLICY),
-    ]  # fmt: skip
+    fields = {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS}
     return Response(code, {200: "OK", 404: "Not Found"}[code], Headers(fields), body)

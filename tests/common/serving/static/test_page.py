@@ -29,7 +29,7 @@ def test_frames_move_on_a_crisp_screen(page: Page, fake_server):
     assert width > 400 and (width * dots / fake_server.width) % 1 < 1e-6, "a whole number of screen pixels each"
     expect(page.locator("#stat-fps")).to_have_text("16.0 fps")
     expect(page.locator("#stat-memory")).to_have_text("640 MiB")
-    page.wait_for_function("parseFloat(document.getElementById('stat-shown').textContent) > 10")
+    page.wait_for_function("() => parseFloat(document.getElementById('stat-shown').textContent) > 10")
 
 
 def test_keys_and_chords_become_signals(page: Page, fake_server):
