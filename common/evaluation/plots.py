@@ -104,10 +104,12 @@ def confusion(named: list[Named], signals: list[str]) -> Figure:
         counts = np.array(entry[1]["confusion"], dtype=float)
         image = axes.imshow(counts / counts.sum(1, keepdims=True).clip(min=1), vmin=0, vmax=1, cmap="Blues")
         axes.set_xticks(range(len(signals)), signals, fontsize=7)
-        axes.set_yticks(range(len(signals)), signals, fontsize=7)
+        is_first = axes in grid[:, 0]
+        axes.set_yticks(range(len(signals)), signals if is_first else [], fontsize=7)
         axes.set_title(f"{entry[0]}\nF1 {entry[1]['macro_f1'][0]:.3f}", fontsize=9)
         axes.set_xlabel("obeyed", fontsize=8)
-        axes.set_ylabel("given", fontsize=8)
+        if is_first:
+            axes.set_ylabel("given", fontsize=8)
     figure.colorbar(image, ax=grid, shrink=0.7, label="share of the given signal's frames")
     return figure
 
@@ -118,7 +120,6 @@ def latencies(named: list[Named]) -> Figure:
     for place, (name, summary) in enumerate(named):
         frames = summary["frames"]
         shares = [(i + 1) / summary["num_changes"] for i in range(len(frames))]
-        # The row of true video names itself "live"; a model's row the frames it finishes at once.
         axes.step([0, *frames], [0, *shares], where="post", color=COLORS[place % len(COLORS)], label=name)
     axes.axvline(8, color=QUIET, linestyle="--", linewidth=1)
     axes.set_xlabel("frames since the key was pressed (1/16 s)")

@@ -100,17 +100,12 @@ def main() -> None:
     plans = check(args)
     store = PartStore(args.output_dir / "parts")
     evaluation = Evaluation(args, store)
-
-    def report() -> str:
-        parts = store.all()
-        if not parts:
-            raise UserError(f"{store.folder} holds no results, and no --model_path says what to measure")
-        return write_report(args.output_dir, make_report(parts, SIGNALS, [plan.name for plan in plans]))
-
     for plan in plans:
         evaluation.measure(plan)
-        report()
-    print(report())
+    parts = store.all()
+    if not parts:
+        raise UserError(f"{store.folder} holds no results, and no --model_path says what to measure")
+    print(write_report(args.output_dir, make_report(parts, SIGNALS, [plan.name for plan in plans])))
     print(f"written to {args.output_dir}")
 
 
