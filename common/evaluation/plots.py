@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # imported where it is used: it takes a second
 
 COLORS = ("#3266ad", "#c8553d", "#3a8f5c", "#8a5aa8", "#b8860b", "#2a9d9d", "#a8456b", "#5c6670")
 QUIET = "#8d949c"
+SEGMENT = 10 / 60  # minutes
 LOOKS = ("saturation", "contrast", "sharpness")
 Named = tuple[str, dict[str, Any]]
 
@@ -137,11 +138,12 @@ def drift(named: list[Named], controls: str) -> Figure:
     models = [(name, summary) for name, summary in named if summary is not true]
     top = grid[0][0]
     for place, (name, summary) in enumerate(models):
-        color, minutes = COLORS[place % len(COLORS)], [start / 60 for start in summary["start"]]
-        top.plot(minutes, summary["distance"], color=color, label=name, marker="." if len(minutes) < 30 else None)
+        minutes = [start / 60 + SEGMENT / 2 for start in summary["start"]]
+        style = {"color": COLORS[place % len(COLORS)], "marker": "." if len(minutes) < 30 else None}
+        top.plot(minutes, summary["distance"], label=name, **style)
         for axes, look in zip(grid[1:, 0], LOOKS, strict=True):
             base = sum(true["look"][look]) / len(true["look"][look]) if true else summary["look"][look][0]
-            axes.plot(minutes, [value / base for value in summary["look"][look]], color=color)
+            axes.plot(minutes, [value / base for value in summary["look"][look]], **style)
     if true:
         floor = sum(true["distance"]) / len(true["distance"])
         top.axhline(floor, color=QUIET, linestyle="--", label="true video")
@@ -155,5 +157,6 @@ def drift(named: list[Named], controls: str) -> Figure:
         axes.set_ylabel(f"{look}\n÷ true")
     grid[-1][0].set_xlabel("minutes")
     for axes in grid[:, 0]:
+        axes.set_xlim(left=0)
         _plain(axes)
     return figure
