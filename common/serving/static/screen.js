@@ -33,6 +33,9 @@ export class Screen {
     this.canvas.classList.toggle("smooth", scale !== Math.floor(scale));
     this.canvas.style.width = `${(width * scale) / dots}px`;
     this.canvas.style.height = `${(height * scale) / dots}px`;
+    // the margins, for what lies over the picture's corners
+    this.stage.style.setProperty("--margin-x", `${(this.stage.clientWidth - (width * scale) / dots) / 2}px`);
+    this.stage.style.setProperty("--margin-y", `${(this.stage.clientHeight - (height * scale) / dots) / 2}px`);
   }
 
   push(frame) {
