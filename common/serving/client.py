@@ -231,7 +231,7 @@ async def run(args: argparse.Namespace) -> dict:
     control, command, num_frames = what_to_drive(args)
     address = socket_address(args.url, args.token)
     try:
-        async with connect(address, compression=None, max_size=2**24, proxy=None) as socket:
+        async with connect(address, compression=None, max_size=2**24, proxy=None, close_timeout=1) as socket:
             driver = Driver(socket, control, command, num_frames, args.output)
             await driver.drive(args.patience)
             return driver.figures()

@@ -3,6 +3,7 @@
 What is asked for is checked, and everything that clients are told about the model is read, before the weights are.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,7 @@ class WorldModel:
 
     def __init__(self, pipeline: CogVideoXStreamingPipeline, options: ModelOptions, info: ModelInfo):
         self.pipeline, self.options, self.info = pipeline, options, info
+        self._tokenizer_lock = threading.Lock()  # tokenizers keep their padding as state: two calls at once mix it up
 
     @classmethod
     def load(cls, options: ModelOptions, info: ModelInfo, progress: Progress) -> "WorldModel":
@@ -168,7 +170,8 @@ class WorldModel:
         """Through host memory, so that threads (and streams of a GPU) share nothing that one of them could free."""
         length = self.pipeline.transformer.config.max_text_seq_length
         device = self.pipeline.device
-        embeds = self.pipeline.encode_prompt(prompt, "", max_sequence_length=length, device=device)
+        with self._tokenizer_lock:
+            embeds = self.pipeline.encode_prompt(prompt, "", max_sequence_length=length, device=device)
         return TextEmbeds(*(each.cpu() for each in embeds))
 
     def open(self, start: Start, embeds: TextEmbeds, control: Callable[[], Any]) -> VideoStream:

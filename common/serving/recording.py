@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from common.config.errors import one_line
+from common.config.errors import UserError, one_line
 from common.data.video_writer import VideoWriter
 from common.serving.playout import Frame
 from common.serving.protocol import MAX_REPLAY_BYTES
@@ -106,7 +106,8 @@ class Recording:
         try:
             message, error = self._write_files(), None
         except Exception as reason:
-            logger.exception("a recording failed")
+            if not isinstance(reason, UserError):
+                logger.exception("a recording failed")
             message, error = None, f"the recording failed: {one_line(reason)[:200]}"
             self.end()
         self._on_end(message, error)
@@ -118,7 +119,7 @@ class Recording:
                 first, last = first or frame, frame
                 video.write(frame.pixels[None])
         if first is None:
-            raise ValueError("it was ended before its first frame")
+            raise UserError("it was ended before its first frame")
         log = last.history.log(last.shift + 1, first.number, video.num_frames)
         text = log.model_dump_json()
         if len(text.encode()) > MAX_REPLAY_BYTES - 100:  # the message around it

@@ -1,157 +1,46 @@
-"""A real server on a free port of this machine, with a tiny untrained model, and a client to talk to it."""
+"""Fixtures: a real server and a client to talk to it (live_server.py), pages in a headless Chromium (browser.py)."""
 
-import asyncio
-import json
-import threading
-import time
-from contextlib import asynccontextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from common.serving.app import create_app
-from common.serving.model import ModelOptions, Start, WorldModel, inspect_model
-from common.serving.protocol import unpack_frame
-from common.serving.room import Room
-from common.serving.server import listen, make_server
+from tests.common.serving.live_server import play, serve, tiny_world_model  # noqa: F401  fixtures
 
-PATIENCE = 20.0  # seconds until a test gives up; other processes may have the machine
+# Playwright is imported where it is used: the server's own tests do without.
 
 
-@pytest.fixture(scope="session")
-def tiny_world_model(tiny_models):
-    """The model of stage 4 at 64 frames a second, loaded once for all tests, and what is known of it."""
-    options = ModelOptions(str(tiny_models / "stage4"), device="cpu", fps=64.0)
-    info = inspect_model(options)
-    return WorldModel.load(options, info, lambda *_: None)
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    from tests.common.serving.browser import chromium
 
-
-class Player:
-    """A client's view: what it was told so far, and waiting for more."""
-
-    def __init__(self, socket):
-        self.socket, self.frames, self.told, self.status, self.last_id = socket, [], [], {}, 0
-
-    async def send(self, **message):
-        await self.socket.send(json.dumps(message))
-
-    async def signal(self, name):
-        self.last_id += 1
-        await self.send(type="signal", signal=name, id=self.last_id, time=1.5)
-
-    async def receive(self):
-        """One message: (header, JPEG) of a frame or a dict."""
-        message = await asyncio.wait_for(self.socket.recv(), PATIENCE)
-        if isinstance(message, bytes):
-            self.frames.append(unpack_frame(message))
-            return self.frames[-1]
-        message = json.loads(message)
-        self.told.append(message)
-        if message["type"] == "status":
-            self.status = message
-        return message
-
-    async def until(self, kind, **values):
-        """The next message of this type with these values."""
-        while True:
-            message = await self.receive()
-            if isinstance(message, dict) and message["type"] == kind and values.items() <= message.items():
-                return message
-
-    async def frame(self, matches=lambda header: True):
-        """The next frame whose header matches."""
-        while True:
-            message = await self.receive()
-            if isinstance(message, tuple) and matches(message[0]):
-                return message
-
-    async def refused(self, **message):
-        """Sends what has to be answered with an error; its text."""
-        await self.send(**message)
-        return (await self.until("error"))["message"]
-
-    async def closed(self):
-        """Waits for the server to close; (code, reason)."""
-        from websockets.exceptions import ConnectionClosed
-
-        try:
-            while True:
-                await self.receive()
-        except ConnectionClosed as end:
-            return end.rcvd.code, end.rcvd.reason
-
-    async def new_stream(self, matches=lambda header: True, **message):
-        """Sends a reset or replay; the number of the stream that it starts."""
-        old = (await self.frame())[0].stream
-        await self.send(**({"type": "reset"} | message))
-        return (await self.frame(lambda header: header.stream > old))[0].stream
-
-
-class LiveServer:
-    """uvicorn in a thread."""
-
-    def __init__(self, make_room, token=None):
-        listener = listen("127.0.0.1", 0)
-        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
-        self.app = create_app(make_room, token)
-        self.server = make_server(self.app)
-        self.thread = threading.Thread(target=self.server.run, args=([listener],))
-        self.thread.start()
-        while not self.server.started and self.thread.is_alive():
-            time.sleep(0.005)
-
-    @property
-    def room(self):
-        return self.app.state.room
-
-    @asynccontextmanager
-    async def player(self, query="", **options):
-        from websockets.asyncio.client import connect
-
-        async with connect(f"ws://{self.address}/ws{query}", compression=None, proxy=None, **options) as socket:
-            yield Player(socket)
-
-    def stop(self):
-        self.server.should_exit = True
-        self.thread.join(PATIENCE)
-        assert not self.thread.is_alive()
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture
-def serve(tiny_world_model):
-    """Starts servers; all are stopped at the test's end."""
-    servers = []
+def fake_server() -> Iterator:
+    from tests.common.serving.fake_server import FakeServer
 
-    def start(load=None, token=None, info=None, **room_options):
-        info = info or tiny_world_model.info
-
-        def make_room():
-            return Room(info, load or (lambda progress: tiny_world_model), Start("a red car", 7), **room_options)
-
-        servers.append(LiveServer(make_room, token))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+    with FakeServer() as server:
+        yield server
 
 
 @pytest.fixture
-def play(serve):
-    """Runs `scenario(player, server)` against a new server."""
+def open_page(browser, request) -> Iterator[Callable]:
+    """open_page(address, **options of a browser context) → a page; by default that of the fake server."""
+    contexts = []
 
-    def run(scenario, server=None, **options):
-        server = server or serve(**options)
+    def open_(address: str | None = None, **options):
+        contexts.append(browser.new_context(**({"accept_downloads": True} | options)))
+        page = contexts[-1].new_page()
+        page.goto(address or request.getfixturevalue("fake_server").address)
+        return page
 
-        async def visit():
-            async with server.player() as player:
-                return await asyncio.wait_for(scenario(player, server), 3 * PATIENCE)
-
-        return asyncio.run(visit())
-
-    return run
+    yield open_
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture
-def tokens():
-    return SimpleNamespace(right="correct horse battery", wrong="incorrect horse")
+def page(open_page):
+    return open_page()

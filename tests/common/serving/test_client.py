@@ -1,0 +1,82 @@
+"""The headless client: a scripted drive against a real server, its video and its timings."""
+
+import json
+import threading
+
+import decord
+import pytest
+
+from common.serving import client
+from common.serving.client import percentiles, socket_address
+
+
+@pytest.fixture
+def run_client(monkeypatch, tmp_path):
+    """Runs the program; → (video, timings)."""
+
+    def run(server, *words, output="drive.mp4"):
+        path = tmp_path / output
+        arguments = ["client", "--url", f"ws://{server.address}", "--output", str(path), *map(str, words)]
+        monkeypatch.setattr("sys.argv", arguments)
+        client.main()
+        return decord.VideoReader(str(path), width=64, height=64), json.loads(path.with_suffix(".json").read_text())
+
+    return run
+
+
+def test_a_scripted_drive_gives_a_video_and_timings(serve, run_client):
+    server = serve()
+    control = "D*24,DL*16,N*12,NR*20"
+    video, figures = run_client(server, "--control", control, "--seed", 5, "--prompt", "a blue car")
+    assert len(video) == 72 == figures["frames"] and video.get_avg_fps() == pytest.approx(64)
+    assert figures["seed"] == 5 and figures["prompt"] == "a blue car" and figures["missing_frames"] == 0
+    assert figures["key_to_frame_ms"]["p50"] > 0 and figures["round_trip_ms"]["p50"] > 0
+    assert figures["frame_interval_ms"]["p50"] <= figures["frame_interval_ms"]["p99"]
+    log = server.room.engine._history.log(10**6, 0, 0)
+    assert [signal for _, signal in log.shifts][:4] == ["D", "DL", "N", "NR"]
+
+
+def test_a_replay_and_a_control_file(serve, run_client, tmp_path):
+    server = serve()
+    drive = tmp_path / "drive.txt"
+    drive.write_text("D*8 # straight\nB*8")
+    video, figures = run_client(server, "--control_file", drive, output="file.mp4")
+    assert len(video) == 16
+    log = server.room.engine._history.log(5, 0, 17).model_dump_json()
+    (tmp_path / "log.json").write_text(log)
+    video, replayed = run_client(server, "--replay", tmp_path / "log.json", output="again.mp4")
+    assert len(video) == 17 and replayed["seed"] == figures["seed"]
+
+
+def test_it_waits_for_the_wheel_and_for_a_model_that_loads(serve, run_client, refused, tmp_path, tiny_world_model):
+    is_open = threading.Event()
+    server = serve(load=lambda progress: is_open.wait(20) and tiny_world_model)
+    words = ["--url", server.address, "--output", tmp_path / "x.mp4", "--control", "D*8", "--patience", 0.5]
+    assert "after 0.5 s the model is still loading" in refused(client.main, *words)
+    is_open.set()
+    assert len(run_client(server, "--control", "D*8")[0]) == 8
+
+
+def test_what_goes_wrong_is_one_line(serve, refused, tmp_path):
+    server = serve(token="correct horse battery")
+    words = ["--url", f"http://{server.address}/", "--output", tmp_path / "x.mp4"]
+    drive = [*words, "--control", "D*8"]
+    assert "the server closed the connection: a token is needed" in refused(client.main, *drive)
+    drive += ["--token", "correct horse battery"]
+    assert "reset.start: unknown" in refused(client.main, *drive, "--start", "beach")
+    assert "unknown control token 'UP'" in refused(client.main, *words, "--control", "UP*8")
+    assert "is no control log" in refused(client.main, *words, "--replay", tmp_path / "none.json")
+    assert "write for example ws://" in refused(client.main, *drive, "--url", "ftp://x")
+    assert "cannot connect" in refused(client.main, *drive, "--url", "ws://127.0.0.1:1")
+    assert "one of the arguments" in refused(client.main, *words)
+    assert "ends in .mp4" in refused(client.main, *drive, "--output", tmp_path / "x.avi")
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_addresses_and_percentiles():
+    for url in ("ws://a:1", "http://a:1", "a:1", "ws://a:1/ws", "a:1/"):
+        assert socket_address(url, None) == "ws://a:1/ws"
+    assert socket_address("https://a/?token=x%20y", None) == "wss://a/ws?token=x+y"
+    assert socket_address("a:1", "x y") == "ws://a:1/ws?token=x+y"
+    assert percentiles([]) is None
+    assert percentiles([float(n) for n in range(1, 101)]) == {"p50": 50, "p90": 90, "p99": 99, "max": 100}
