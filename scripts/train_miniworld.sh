@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Trains everything that data/miniworld/weights holds, on one GPU: base model and four stages, by the same programs as
+# the 2B model.
+#
+#   bash scripts/train_miniworld.sh [OUTPUT_DIR]        default outputs/miniworld_gpu
+#
+# The same command goes on where it was stopped. Lengths are set by variables, here with their defaults:
+#   CLIPS=1200 VAE_STEPS=4000 BASE_STEPS=10000 STAGE1_STEPS=1500 STAGE2_STEPS=6000 STAGE3_STEPS=12000 STAGE4_STEPS=3000
+#   BATCH_SIZE=128 PROCESSES=8 (for drawing and encoding) GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
+# BASE=DIRECTORY takes a base model that is there already, such as data/miniworld/weights/base.
+set -euo pipefail
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+need_environment
+trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
+
+out=${1:-outputs/miniworld_gpu}
+world=$out/world
+: "${CLIPS:=1200}" "${VAE_STEPS:=4000}" "${BASE_STEPS:=10000}" "${BATCH_SIZE:=128}" "${PROCESSES:=8}"
+: "${STAGE1_STEPS:=1500}" "${STAGE2_STEPS:=6000}" "${STAGE3_STEPS:=12000}" "${STAGE4_STEPS:=3000}"
+: "${GPU_OPTIONS=--mixed_precision bf16 --compile --cuda_graph}"
+precision=()
+[[ $GPU_OPTIONS != *bf16* ]] || precision=(--mixed_precision bf16)
+
+draw() { # ARGUMENT...
+    python -m data.miniworld.make_videos --output_dir "$world" --num_workers "$PROCESSES" "$@"
+}
+draw --num_clips "$CLIPS" --seed 0
+draw --num_clips 16 --seed 1 --index_name heldout.json
+
+if [[ -z ${BASE:-} ]]; then
+    BASE=$out/base
+    draw --num_clips "$CLIPS" --seed 5 --index_name broad.json --world broad
+    # The transformer knows the broad world only; stage 1 teaches it the game.
+    python -m data.miniworld.make_base --data_root "$world" --index_file "$world/broad.json" \
+        --vae_index_file "$world/index.json" --output_dir "$BASE" --vae_steps "$VAE_STEPS" --vae_image_share 0.25 \
+        --vae_batch_size 16 --vae_image_batch_size 64 --transformer_steps "$BASE_STEPS" \
+        --transformer_batch_size "$BATCH_SIZE" --transformer_windows "$((3 * CLIPS))" "${precision[@]}"
+fi
+
+# encode FRAMES WINDOWS: windows of so many frames, so many of each clip, by several processes that share the GPU
+encode() {
+    local rank jobs=()
+    for ((rank = 0; rank < PROCESSES; rank++)); do
+        RANK=$rank WORLD_SIZE=$PROCESSES LOCAL_RANK=0 python -m common.tools.precompute \
+            --config stage1/training/miniworld_config.py --pretrained_model_name_or_path "$BASE" --data_root "$world" \
+            --index_file "$world/index.json" --validation_index_file "$world/heldout.json" --frame_buckets "$1" \
+            --windows_per_clip "$2" --latent_cache_dir "$out/latents$1" "${precision[@]}" &
+        jobs+=($!)
+    done
+    for rank in "${jobs[@]}"; do wait "$rank"; done
+}
+encode 33 3
+encode 97 1 # whole clips, from which stages 3 and 4 cut their windows
+
+# stage NUMBER STEPS MODEL CACHED_FRAMES WINDOWS ARGUMENT...
+stage() {
+    # shellcheck disable=SC2086  # a list of words
+    python -m common.tools.train --config "stage$1/training/miniworld_config.py" --max_train_steps "$2" \
+        --pretrained_model_name_or_path "$3" --output_dir "$out/stage$1" --data_root "$world" \
+        --index_file "$world/index.json" --validation_index_file "$world/heldout.json" \
+        --latent_cache_dir "$out/latents$4" --frame_buckets "$4" --windows_per_clip "$5" \
+        --train_batch_size "$BATCH_SIZE" --lr_scheduler cosine --lr_warmup_steps "$(($2 / 20 + 1))" \
+        --checkpointing_steps 1000 --validation_steps "$2" --logging_steps 50 --dataloader_num_workers "$PROCESSES" \
+        $GPU_OPTIONS "${@:6}"
+}
+stage 1 "$STAGE1_STEPS" "$BASE" 33 3 --learning_rate 1e-3
+if [[ ! $out/stage1_fused/model_index.json -nt $out/stage1/pytorch_lora_weights.safetensors ]]; then
+    python stage1/fuse_lora_weights.py --pretrained_model_path "$BASE" --lora_path "$out/stage1" \
+        --output_dir "$out/stage1_fused"
+fi
+stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --learning_rate 1e-3
+stage 3 "$STAGE3_STEPS" "$out/stage2" 97 1 --learning_rate 7e-4 --window_frames 17 33
+stage 4 "$STAGE4_STEPS" "$out/stage3" 97 1 --learning_rate 2e-4 --window_frames 17 33
+
+echo "done; pack what is to be shipped:"
+echo "  python -m data.miniworld.pack_weights --output_dir data/miniworld/weights base=$BASE stage4=$out/stage4"
