@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import io
 import json
+import logging
 import math
 import queue
 import threading
@@ -26,6 +27,7 @@ from common.data.control_signals import parse_control_string, read_control_file
 from common.data.video_writer import VideoWriter
 from common.serving.protocol import VERSION, ProtocolError, to_json, unpack_frame
 
+logger = logging.getLogger(__name__)
 PING_SECONDS = 0.5
 
 
@@ -275,8 +277,16 @@ def main() -> None:
     if args.output.suffix != ".mp4" or args.output.is_dir():
         raise UserError(f"--output {args.output}: give a file whose name ends in .mp4")
     refuse_unwritable(args.output.parent, "--output")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     figures = asyncio.run(run(args))
     args.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    latency = (figures["key_to_frame_ms"] or {}).get("p50", "–")
+    logger.info(
+        "%s: %d frames, %.2f a second; %s ms from key to frame",
+        args.output,
+        *(figures[name] for name in ("frames", "fps")),
+        latency,
+    )
 
 
 if __name__ == "__main__":

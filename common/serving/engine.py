@@ -131,8 +131,12 @@ class Engine:
         with self.condition:
             if self._restart is not None:
                 self._restart = replace(self._restart, prompt=prompt)
+            elif self._status["state"] == "error":  # for the stream that the next reset starts
+                self._status["prompt"] = prompt
+            else:
+                self._prompts.ask(prompt, self._model)
                 return
-        self._prompts.ask(prompt, self._model)
+        self._on_change()
 
     # What it says of itself
 

@@ -174,7 +174,10 @@ def test_a_model_that_cannot_be_loaded_is_an_error_and_a_reset_tries_again(play,
 
     async def scenario(player, server):
         await player.shows(state="error", message="no such disk")
+        await player.send(type="prompt", prompt="a green car")  # nothing runs yet that could be told
+        await player.shows(state="error", message="no such disk", prompt="a green car")
         await player.send(type="reset")
+        await player.shows(state="running", prompt="a green car")
         await player.frame()
         assert len(tries) == 2
 
