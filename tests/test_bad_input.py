@@ -98,7 +98,7 @@ def test_training_on_a_bad_index(launch, nothing_loaded, tiny_world, tmp_path):
     ):
         index = write_index(tmp_path, [*good[:2], {**good[2], **damage}, good[3]])
         stage = 2 if "control_signal_seq" in damage else 1
-        more = ["--control_dim", "12", "--control_end_layer", "3"] if stage == 2 else []
+        more = ["--control_dim", "12", "--control_start_layer", "1", "--control_end_layer", "3"] if stage == 2 else []
         assert f"{index}: {message}" in launch("--index_file", index, *more, stage=stage)
     index.write_text('{"list": [')
     assert "is not JSON" in launch("--index_file", index)

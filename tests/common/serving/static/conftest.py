@@ -1,19 +1,15 @@
 """A browser for the tests of the page, and a double of the server behind it."""
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-sys.path.insert(0, str(Path(__file__).parent))  # browser and fake_server
-
-from browser import chromium
-from fake_server import FakeServer
+from tests.common.serving.static.browser import chromium
+from tests.common.serving.static.fake_server import FakeServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright keeps an event loop running, which other files' tests would meet
 def browser() -> Iterator[Browser]:
     with chromium() as opened:
         yield opened
