@@ -256,7 +256,8 @@ def test_phone_with_two_thumbs(open_page, fake_server):
     touch("touchEnd")
     heard = fake_server.wait_for("signal", 6)
     assert [message["signal"] for message in heard][:5] == ["N", "D", "DL", "DR", "BR"]
-    assert heard[-1]["signal"] == "N"
+    # The thumbs may leave one after the other.
+    assert heard[-1]["signal"] == "N" or fake_server.wait_for("signal", 7)[-1]["signal"] == "N"
 
 
 def test_every_control_has_a_name_and_is_reached_by_keyboard(page: Page, fake_server):
