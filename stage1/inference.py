@@ -7,6 +7,7 @@ python stage1/inference.py --model_path models/CogVideoX-2b --lora_path outputs/
 import numpy as np
 from diffusers import CogVideoXPipeline
 
+from common.cogvideox.loading import device_and_dtype
 from common.cogvideox.pipeline_io import load_components, read_model_index
 from common.config.errors import run_cli
 from common.data.video_writer import to_frames
@@ -14,7 +15,6 @@ from common.tools.fuse_lora_weights import add_lora, find_lora_file
 from common.tools.inference import (
     OUT_OF_MEMORY_HELP,
     add_clip_options,
-    device_and_dtype,
     generator_for,
     make_parser,
     one_chunk,
@@ -30,7 +30,7 @@ def main() -> None:
     args = parse_arguments(parser)
     read_model_index(args.model_path, expected="CogVideoXPipeline")
     lora_file = find_lora_file(args.lora_path) if args.lora_path else None
-    device, dtype = device_and_dtype(args)
+    device, dtype = device_and_dtype(args.device, args.dtype)
     pipeline = CogVideoXPipeline(**load_components(args.model_path, dtype))
     if lora_file is not None:
         add_lora(pipeline.transformer, lora_file)

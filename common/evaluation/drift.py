@@ -182,7 +182,8 @@ class DriftSummary:
         return sum(ratios) / len(ratios)
 
 
-def _distance_from_one(ratio: float) -> float:
+def distance_from_one(ratio: float) -> float:
+    """How far a ratio is from 1, where half is as far as double."""
     return abs(math.log(max(ratio, 1e-9)))
 
 
@@ -214,6 +215,6 @@ def summarize(segments: Sequence[Segment], first_seconds: float = 60.0, floor: f
         look_ratios=look_ratios,
         worst_distance=distance_ratios[worst],
         worst_distance_at=segments[worst].start,
-        worst_look={name: max(values, key=_distance_from_one) for name, values in look_ratios.items()},
+        worst_look={name: max(values, key=distance_from_one) for name, values in look_ratios.items()},
         last_distance=sum(last) / len(last),
     )

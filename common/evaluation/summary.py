@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.evaluation.control_accuracy import confusion_matrix, macro_f1
-from common.evaluation.drift import LOOK_NAMES, Look, Segment, summarize
+from common.evaluation.drift import LOOK_NAMES, Look, Segment, distance_from_one, summarize
 from common.evaluation.frechet import FeatureStatistics, Interval, bootstrap_interval, statistics_distance
 from common.evaluation.parts import Part
 
@@ -197,7 +197,7 @@ def drift_summary(values: Sequence[Values], floor: Sequence[Values] | None) -> V
         "num_samples": runs[0][0].num_samples,
         "worst_ratio": of_seeds(lambda s: s.worst_distance, plain),
         "last_ratio": of_seeds(lambda s: s.last_distance, plain),
-        "worst_look": {n: max((s.worst_look[n] for s in plain), key=lambda r: abs(math.log(max(r, 1e-9))))
+        "worst_look": {n: max((s.worst_look[n] for s in plain), key=distance_from_one)
                        for n in LOOK_NAMES},
         "above_floor": {"worst_ratio": of_seeds(lambda s: s.worst_distance, above)},
     }  # fmt: skip

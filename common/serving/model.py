@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.cogvideox.loading import device_and_dtype, load_streaming_scheduler, picture_size
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
-from common.cogvideox.pipeline_io import component_config, load_component, read_model_index
+from common.cogvideox.pipeline_io import load_component, read_model_index
 from common.cogvideox.streaming import VideoStream
-from common.cogvideox.window import make_window_plan
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.errors import UserError
 from common.config.model_directory import resolve_pipeline_directory
@@ -23,7 +23,6 @@ from common.config.settings import SIZE_MULTIPLE, VAE_TIME_FACTOR
 from common.data.video import read_clip
 from common.serving.protocol import NULL_SIGNAL, ControlLog
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FROM_TEXT = "text"
 MAX_CLIPS = 64
 Progress = Callable[[float, str], None]
@@ -86,24 +85,8 @@ class ModelInfo:
         return NULL_SIGNAL if signal is None else self.signals.index(signal)
 
 
-def choose_device(options: ModelOptions) -> tuple[torch.device, torch.dtype]:
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device, DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-
-
-def load_scheduler(options: ModelOptions) -> SwinSchedulerMixin:
-    """The model's scheduler with the frames per group that were asked for; a `UserError` if the steps do not fit."""
-    scheduler = load_component(options.model_path, "scheduler")
-    if options.frames_per_group:
-        scheduler = type(scheduler).from_config(scheduler.config, frames_per_group=options.frames_per_group)
-    if options.num_inference_steps:
-        make_window_plan(scheduler, options.num_inference_steps, torch.device("cpu"))
-    return scheduler
+def scheduler_of(options: ModelOptions) -> SwinSchedulerMixin:
+    return load_streaming_scheduler(options.model_path, options.frames_per_group, options.num_inference_steps)
 
 
 def find_clips(directory: Path | None) -> dict[str, Path]:
@@ -122,11 +105,9 @@ def inspect_model(options: ModelOptions) -> ModelInfo:
     """Reads all but the weights; what does not fit together is a `UserError` now."""
     directory = resolve_pipeline_directory(options.model_path)
     index = read_model_index(directory, expected="CogVideoXStreamingPipeline")
-    choose_device(options)
-    scheduler = load_scheduler(options)
-    config = component_config(directory, "transformer", index)[1]
-    scale = 2 ** (len(component_config(directory, "vae", index)[1]["block_out_channels"]) - 1)
-    height, width = options.height or config["sample_height"] * scale, options.width or config["sample_width"] * scale
+    device_and_dtype(options.device, options.dtype)
+    scheduler = scheduler_of(options)
+    height, width = picture_size(directory, index, options.height, options.width)
     if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
         raise UserError(f"--height {height} --width {width}: use multiples of {SIZE_MULTIPLE}")
     signals = list(load_component(directory, "control_vocabulary").names) if index.get("control_vocabulary") else []
@@ -155,9 +136,9 @@ class WorldModel:
     @classmethod
     def load(cls, options: ModelOptions, info: ModelInfo, progress: Progress) -> "WorldModel":
         progress(0.05, "reading the model's weights")
-        device, dtype = choose_device(options)
+        device, dtype = device_and_dtype(options.device, options.dtype)
         pipeline = CogVideoXStreamingPipeline.from_pretrained(
-            options.model_path, torch_dtype=dtype, scheduler=load_scheduler(options)
+            options.model_path, torch_dtype=dtype, scheduler=scheduler_of(options)
         )
         progress(0.5, f"moving the model to {device.type}")
         pipeline = pipeline.to(device)

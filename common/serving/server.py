@@ -17,17 +17,15 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options
 from common.config.command_line import ArgumentParser, not_negative_number, positive_number, whole_number
 from common.config.errors import UserError, run_cli
-from common.config.settings import SIZE_MULTIPLE
 from common.serving.app import create_app, is_loopback
-from common.serving.model import DTYPES, ModelInfo, ModelOptions, Start, WorldModel, inspect_model
+from common.serving.model import ModelInfo, ModelOptions, Start, WorldModel, inspect_model
 from common.serving.protocol import MAX_PROMPT_CHARS, MAX_REPLAY_BYTES, MAX_SEED
 from common.serving.room import EXAMPLES, Room
 
 logger = logging.getLogger(__name__)
-COUNT = whole_number(1)
-PIXELS = whole_number(SIZE_MULTIPLE, step=SIZE_MULTIPLE)
 MIN_TOKEN_CHARS = 12
 # What the kernel holds back for a client that does not read: more only makes its picture older before frames drop.
 SEND_BUFFER_BYTES = 256 * 1024
@@ -40,18 +38,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; by default this machine alone")
     parser.add_argument("--port", type=whole_number(0), default=8000, help="0 takes a free one")
     parser.add_argument("--token", help="what clients have to know; needed when --host lets other machines in")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu …; by default a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="by default bfloat16 on a GPU, float32 on the CPU")
+    add_place_options(parser)
+    add_sampling_options(parser)
     parser.add_argument("--threads", type=COUNT, help="CPU threads; by default PyTorch's choice")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile for the transformer; starts minutes later"
     )
     parser.add_argument("--frames_per_group", type=COUNT, default=1, help="latent frames per shift; 1 reacts fastest")
-    parser.add_argument("--num_inference_steps", type=COUNT, help="denoising steps; the default suits the stage")
     parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; by default none")
     parser.add_argument("--control_guidance_scale", type=float, default=1.0, help="guidance on control; 1 for none")
-    parser.add_argument("--height", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
-    parser.add_argument("--width", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
     parser.add_argument("--fps", type=positive_number, default=16.0, help="the model's frames per second")
     parser.add_argument(
         "--idle_seconds", type=not_negative_number, default=30.0, help="after which who waits may drive"

@@ -39,9 +39,7 @@ class Wheel:
 
     def release(self, client: int, now: float) -> None:
         """Only watches from now on, and is not given the wheel until it asks."""
-        self._forget(client)
-        if self.driver == client:
-            self._pass_on(now)
+        self.leave(client, now)  # the wheel does not know who is there, only who would drive
 
     def active(self, now: float) -> None:
         """The driver did something."""

@@ -23,19 +23,12 @@ import diffusers
 import torch
 
 from common.cogvideox.autoencoder import to_uint8
+from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.streaming import VideoStream
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable
 from common.config.errors import UserError, run_cli
-from common.tools.inference import (
-    COUNT,
-    DTYPES,
-    OUT_OF_MEMORY_HELP,
-    PIXELS,
-    generator_for,
-    load_pipeline,
-    load_scheduler,
-)
+from common.tools.inference import OUT_OF_MEMORY_HELP, generator_for, load_pipeline, load_scheduler
 from common.training.throughput import peak_memory_gib
 
 PARTS = ("transformer", "vae", "transfer")
@@ -141,14 +134,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=COUNT, default=3, help="chunks after the first that do not count")
     parser.add_argument("--prompt", default="A red car drives along a road.", help="what the video shows")
     parser.add_argument("--batch_size", type=COUNT, default=1, help="streams side by side")
-    parser.add_argument("--height", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
-    parser.add_argument("--width", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
+    add_sampling_options(parser)
     parser.add_argument("--frames_per_group", type=COUNT, help="latent frames per shift; by default as trained")
-    parser.add_argument("--num_inference_steps", type=COUNT, help="denoising steps; the default suits the stage")
     parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; 1 for none, the default")
     parser.add_argument("--control_guidance_scale", type=float, default=1.0, help="guidance on control; 1 for none")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu …; by default a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="by default bfloat16 on a GPU, float32 on the CPU")
+    add_place_options(parser)
     parser.add_argument("--threads", type=COUNT, help="CPU threads; by default PyTorch's choice")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile for the transformer; first chunks take minutes"

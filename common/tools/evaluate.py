@@ -28,6 +28,7 @@ import argparse
 import re
 from pathlib import Path
 
+from common.cogvideox.loading import COUNT, add_place_options
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.evaluation.comparison import make_report
@@ -35,7 +36,7 @@ from common.evaluation.parts import MEASURES, PartStore
 from common.evaluation.report import write_report
 from common.tools.evaluate_models import ModelPlan, plan_model
 from common.tools.evaluate_run import REFERENCE_ROW, TRUE_ROW, Evaluation
-from common.tools.inference import COUNT, DTYPES, OUT_OF_MEMORY_HELP
+from common.tools.inference import OUT_OF_MEMORY_HELP
 from data.miniworld.simulator import SIGNALS
 
 SEGMENT_FRAMES = 16  # that the scene network reads at once
@@ -62,8 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--control_guidance_scale", type=float, default=3.0, help="guidance on control; distilled models have none")
     add("--frames_per_group", nargs="+", type=COUNT, help="further W at which to measure latency")
     add("--batch_size", type=COUNT, default=8, help="videos side by side; the numbers do not depend on it")
-    add("--device", help="cuda, cuda:1, cpu …; by default a GPU if there is one")
-    add("--dtype", choices=DTYPES, help="by default bfloat16 on a GPU, float32 on the CPU")
+    add_place_options(parser)
     return parser.parse_args()
 
 

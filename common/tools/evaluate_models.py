@@ -6,7 +6,6 @@ Shapes: B videos at once, N raw frames, F latent frames, W latent frames a shift
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -19,28 +18,18 @@ import torch
 from torch import Tensor
 
 from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
+from common.cogvideox.loading import device_and_dtype, picture_size
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline, CogVideoXStreamingPipeline
-from common.cogvideox.pipeline_io import component_config, load_component, read_model_index
+from common.cogvideox.pipeline_io import load_component, read_model_index
 from common.cogvideox.window import make_window_plan, num_chunks_for
 from common.config.model_directory import resolve_pipeline_directory
+from common.data.fingerprint import component_digest
 from common.data.video_writer import to_frames
-from common.tools.inference import device_and_dtype
 from data.miniworld.heldout import Scene
 from data.miniworld.instruments import FRAMES_PER_LATENT
 from data.miniworld.simulator import FPS
 
 CLIP_STEPS, STREAM_STEPS = 20, 20
-
-
-def weights_of(directory: Path, component: str) -> str:
-    """Twelve hex digits of a component's files, by which equal weights are known on any machine."""
-    digest = hashlib.sha256()
-    for path in sorted((directory / component).rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(directory).as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -69,8 +58,6 @@ def plan_model(path: str, name: str, args: argparse.Namespace) -> ModelPlan:
     directory = resolve_pipeline_directory(path)
     index = read_model_index(directory)
     kind = index["_class_name"]
-    config = component_config(directory, "transformer", index)[1]
-    scale = 2 ** (len(component_config(directory, "vae", index)[1]["block_out_channels"]) - 1)
     steps, guidance, control_guidance = args.num_inference_steps, args.guidance_scale, args.control_guidance_scale
     widths: tuple[int, ...] = ()
     if kind == "CogVideoXStreamingPipeline":
@@ -85,11 +72,12 @@ def plan_model(path: str, name: str, args: argparse.Namespace) -> ModelPlan:
     else:
         steps = steps or CLIP_STEPS
         control_guidance = control_guidance if kind == "CogVideoXControlPipeline" else 1.0
-    dtype = str(device_and_dtype(args)[1]).removeprefix("torch.")
+    dtype = str(device_and_dtype(args.device, args.dtype)[1]).removeprefix("torch.")
     return ModelPlan(
-        name, directory, kind, config["sample_height"] * scale, config["sample_width"] * scale, widths,
+        name, directory, kind, *picture_size(directory, index), widths,
         {
-            "weights": weights_of(directory, "transformer"), "vae": weights_of(directory, "vae"), "dtype": dtype,
+            "weights": component_digest(directory / "transformer"), "vae": component_digest(directory / "vae"),
+            "dtype": dtype,
             "num_inference_steps": steps, "guidance_scale": guidance, "control_guidance_scale": control_guidance,
         },
     )  # fmt: skip
@@ -160,7 +148,7 @@ class Model:
 
     def __init__(self, plan: ModelPlan, args: argparse.Namespace):
         self.plan, self.effort = plan, Effort()
-        self.device, self.dtype = device_and_dtype(args)
+        self.device, self.dtype = device_and_dtype(args.device, args.dtype)
 
     @cached_property
     def pipeline(self) -> CogVideoXControlPipeline:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.cogvideox.loading import device_and_dtype
 from common.cogvideox.pipeline_io import load_component
 from common.evaluation.parts import MEASURES, Part, PartKey, PartStore
 from common.evaluation.scene_network import SceneNetwork
@@ -35,7 +36,6 @@ from common.tools.evaluate_models import (
     generators_for,
     reconstruct,
 )
-from common.tools.inference import device_and_dtype
 from data.miniworld.heldout import LEAD_IN, Scene, SceneSet, draw_scenes
 from data.miniworld.instruments import FRAMES_PER_LATENT
 from data.miniworld.simulator import FPS
@@ -56,7 +56,7 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, store: PartStore):
         self.args, self.store = args, store
-        self.device, self.dtype = device_and_dtype(args)
+        self.device, self.dtype = device_and_dtype(args.device, args.dtype)
 
     @cached_property
     def network(self) -> SceneNetwork:

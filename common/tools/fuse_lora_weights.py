@@ -13,12 +13,11 @@ from diffusers import CogVideoXPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from common.cogvideox.loading import DTYPES
 from common.cogvideox.pipeline_io import LORA_NAME, load_component, read_model_index, write_pipeline
 from common.config.command_line import ArgumentParser, refuse_unwritable
 from common.config.errors import UserError, run_cli
 from common.config.model_directory import resolve_pipeline_directory
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def fuse_lora_weights(

@@ -16,25 +16,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.cogvideox.loading import (
+    COUNT,
+    add_place_options,
+    add_sampling_options,
+    device_and_dtype,
+    load_streaming_scheduler,
+    picture_size,
+)
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
-from common.cogvideox.pipeline_io import component_config, load_component, read_model_index
-from common.cogvideox.window import make_window_plan
+from common.cogvideox.pipeline_io import read_model_index
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError
 from common.config.model_directory import resolve_pipeline_directory
-from common.config.settings import SIZE_MULTIPLE, VAE_TIME_FACTOR
+from common.config.settings import VAE_TIME_FACTOR
 from common.data.control_signals import parse_control_string, read_control_file
 from common.data.video import read_clip
 from common.data.video_writer import VideoWriter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT_OF_MEMORY_HELP = (
     "out of memory: lower --height and --width or the number of frames, take --dtype bfloat16, or --guidance_scale 1 "
     "and --control_guidance_scale 1, with which a step is one forward"
 )
-PIXELS = whole_number(SIZE_MULTIPLE, step=SIZE_MULTIPLE)
-COUNT = whole_number(1)
 
 
 def make_parser(description: str | None) -> ArgumentParser:
@@ -44,14 +48,11 @@ def make_parser(description: str | None) -> ArgumentParser:
     parser.add_argument("--prompt", required=True, help="what the video shows")
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 file to write")
-    parser.add_argument("--height", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
-    parser.add_argument("--width", type=PIXELS, help="pixels, a multiple of 16; by default the model's")
+    add_sampling_options(parser)
     parser.add_argument("--fps", type=COUNT, default=16, help="frames per second of the file")
-    parser.add_argument("--num_inference_steps", type=COUNT, help="denoising steps; the default suits the stage")
     parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; 1 for none")
     parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same video")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu …; by default a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="by default bfloat16 on a GPU, float32 on the CPU")
+    add_place_options(parser)
     return parser
 
 
@@ -94,21 +95,11 @@ def read_control(args: argparse.Namespace) -> list[str] | None:
     return parse_control_string(args.control, where="--control") if args.control is not None else None
 
 
-def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device, DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-
-
 def load_pipeline(pipeline_class: type, args: argparse.Namespace, **components: Any) -> Any:
     """The pipeline of --model_path on its device, quiet enough for a terminal."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     read_model_index(args.model_path, expected=pipeline_class.__name__)
-    device, dtype = device_and_dtype(args)
+    device, dtype = device_and_dtype(args.device, args.dtype)
     return pipeline_class.from_pretrained(args.model_path, torch_dtype=dtype, **components).to(device)
 
 
@@ -159,9 +150,7 @@ def read_init_video(args: argparse.Namespace, scheduler: SwinSchedulerMixin) -> 
     """The end of --init_video at the stream's rate and size, as many frames as a window has: uint8 [N,3,h,w]."""
     directory = resolve_pipeline_directory(args.model_path)
     index = read_model_index(directory)
-    config = component_config(directory, "transformer", index)[1]
-    scale = 2 ** (len(component_config(directory, "vae", index)[1]["block_out_channels"]) - 1)
-    height, width = args.height or config["sample_height"] * scale, args.width or config["sample_width"] * scale
+    height, width = picture_size(directory, index, args.height, args.width)
     num_frames = VAE_TIME_FACTOR * (scheduler.num_window_frames - 1) + 1
     return read_clip(args.init_video, num_frames, height, width, args.fps, from_end=True)
 
@@ -169,12 +158,7 @@ def read_init_video(args: argparse.Namespace, scheduler: SwinSchedulerMixin) -> 
 def load_scheduler(args: argparse.Namespace) -> SwinSchedulerMixin:
     """The model's scheduler with --frames_per_group; --num_inference_steps that does not fit it is a `UserError`."""
     read_model_index(args.model_path, expected="CogVideoXStreamingPipeline")
-    scheduler = load_component(args.model_path, "scheduler")
-    if args.frames_per_group:
-        scheduler = type(scheduler).from_config(scheduler.config, frames_per_group=args.frames_per_group)
-    if args.num_inference_steps:
-        make_window_plan(scheduler, args.num_inference_steps, torch.device("cpu"))
-    return scheduler
+    return load_streaming_scheduler(args.model_path, args.frames_per_group, args.num_inference_steps)
 
 
 def stream(description: str | None) -> None:

@@ -13,6 +13,7 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from common.cogvideox import noise_schedule
+from common.cogvideox.loading import pixels_per_latent
 from common.cogvideox.pipeline_io import (
     component_config,
     load_component,
@@ -124,7 +125,7 @@ class CogVideoXObjective(Objective):
         if base.is_dir():
             index = read_model_index(base, expected=self.base_pipeline)
             transformer_class, config = component_config(base, "transformer", index)
-            scale = 2 ** (len(component_config(base, "vae", index)[1]["block_out_channels"]) - 1)
+            scale = pixels_per_latent(base, index)
             self.check_base(base, index, config)
         with torch.device("meta"):
             module = self.make_module(transformer_class.from_config(config).requires_grad_(False))
