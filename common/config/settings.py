@@ -74,7 +74,8 @@ class TrainingSettings:
     train_batch_size: int = 1  # samples per process and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per optimizer step
     max_train_steps: int = 100_000  # optimizer steps of the whole run
-    learning_rate: float = 1e-5  # peak learning rate of AdamW
+    optimizer: str = "adamw"  # or "muon": orthogonal steps for weight matrices, AdamW for the rest; not with FSDP
+    learning_rate: float = 1e-5  # peak learning rate
     lr_scheduler: str = "constant_with_warmup"  # diffusers' name of the learning rate's course
     lr_warmup_steps: int = 200  # optimizer steps over which the learning rate rises from zero
     adam_beta1: float = 0.9  # AdamW: decay of the first moment
@@ -195,6 +196,7 @@ class TrainingSettings:
             raise SettingError("mixed_precision", "'fp16' overflows in the T5 text encoder; use 'bf16' or 'no'")
         for name, choices in (
             ("mixed_precision", ("no", "bf16")),
+            ("optimizer", ("adamw", "muon")),
             ("lr_scheduler", LR_SCHEDULERS),
             ("report_to", ("tensorboard", "wandb", "none")),
         ):

@@ -7,6 +7,8 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common.training.muon import MuonAdamW
+
 # Courses whose value at a step does not depend on where the run ends, so that a run may be prolonged.
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
@@ -24,10 +26,11 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(settings: Any, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW over every trained parameter, with the settings' decoupled weight decay on all of them."""
+    """AdamW or Muon over every trained parameter, with the settings' decoupled weight decay on all of them."""
     parameters = list(trained_parameters(module).values())
     recorded = settings.cuda_graph and parameters[0].device.type == "cuda"
-    return torch.optim.AdamW(
+    kind = MuonAdamW if settings.optimizer == "muon" else torch.optim.AdamW
+    return kind(
         parameters,
         # A recorded step reads the rate of the moment from the device.
         lr=torch.tensor(settings.learning_rate, device=parameters[0].device) if recorded else settings.learning_rate,
@@ -88,7 +91,7 @@ def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The moments of every parameter: "exp_avg:NAME", "exp_avg_sq:NAME", "step:NAME".
+    """The moments of every parameter: "exp_avg:NAME", "exp_avg_sq:NAME", "step:NAME", or Muon's "momentum:NAME".
 
     Rates and decays are not in it: they follow from the settings and the step.
     """

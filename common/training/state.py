@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from common.config.errors import UserError
+from common.config.errors import SettingError, UserError
 from common.training import checkpoints, optimizers
 from common.training.export import export_pipeline, make_skeleton
 from common.training.metrics import FiniteGuard, Means
@@ -46,6 +46,8 @@ class TrainingState:
         module = objective.module
         self.skeleton = None
         if accelerator.is_fsdp2:
+            if settings.optimizer == "muon":
+                raise SettingError("optimizer", "muon needs whole matrices, which FSDP shards; use adamw, or DDP")
             self.skeleton = make_skeleton(module)
             prepare_sharding(accelerator, module)
         # Optimizer and module go through `prepare` together: FSDP2 replaces the parameters.

@@ -130,6 +130,7 @@ class StepGraph:
         if self.device.type != "cuda":
             return Recording(inputs, tape, None, None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread alone: the loader's thread, which pins memory, goes on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self.step(inputs, tape)
         return Recording(inputs, tape, graph, outputs)

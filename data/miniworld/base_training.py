@@ -151,21 +151,22 @@ def fit(
     """Trains `model` until the budget is spent; returns the number of steps.
 
     `batch_of_step(step, progress)` draws from (seed, step), so a resumed run in steps sees what an unbroken one sees;
-    `loss_of_batch` draws nothing. The peak learning rate is what each parameter group of `optimizer` holds as
-    "peak_lr". The state goes to `checkpoint` every `checkpoint_seconds` and at the end.
+    `loss_of_batch` draws nothing. `optimizer` comes with its peak learning rate. The state goes to `checkpoint` every
+    `checkpoint_seconds` and at the end.
 
     Raises:
         FloatingPointError: when a loss is not finite.
     """
-    step, seconds = 0, 0.0
+    step, seconds, peak = 0, 0.0, float(optimizer.param_groups[0]["lr"])
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
     device = next(model.parameters()).device
+    rate = torch.zeros((), device=device)
     for group in optimizer.param_groups:
-        group["lr"] = torch.zeros((), device=device)
+        group["lr"] = rate
     take_step = TrainingStep(model, optimizer, loss_of_batch)
 
     def save() -> None:
@@ -178,8 +179,7 @@ def fit(
     with tqdm(total=1000, desc=description, bar_format=bar_format) as bar:
         while (progress := budget.progress(step, seconds)) < 1.0:
             started = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"].fill_(learning_rate(progress, group["peak_lr"]))
+            rate.fill_(learning_rate(progress, peak))
             loss = take_step(batch_of_step(step, progress))
             if step % 10 == 0:  # reading the loss waits for the device
                 value = loss.item()

@@ -138,8 +138,9 @@ def encode_windows(
     chosen = [windows.choose([2, i], num_frames) for i in range(count)]
     moments = []
     # Two at a time and more: with one, PyTorch leaves oneDNN's convolution for one several times slower on one thread.
-    for first in range(0, count, 4):
-        part = chosen[first : first + 4]
+    at_once = 4 if vae.device.type == "cpu" else 48
+    for first in range(0, count, at_once):
+        part = chosen[first : first + at_once]
         moments.append(vae.encode(to_signal(windows.stack(part, num_frames))).latent_dist.parameters.half().cpu())
         progress(len(part))
     return torch.cat(moments), torch.tensor([clip for clip, _ in chosen])

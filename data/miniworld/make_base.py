@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
@@ -40,9 +40,9 @@ from common.config.settings import VAE_TIME_FACTOR
 from common.data.index import ClipRecord, read_index
 from common.data.video import ClipError, ClipTooShort, Video
 from common.training.encoding import encode_prompts
+from common.training.muon import MuonAdamW
 from data.miniworld import base_text, base_transformer, base_vae
 from data.miniworld.base_training import Budget, Workplace, fit, save_beside
-from data.miniworld.muon import MuonAdam
 
 OUT_OF_MEMORY_HELP = (
     "out of memory: lower --vae_batch_size, --vae_image_batch_size, --transformer_batch_size, --max_clips"
@@ -103,7 +103,7 @@ def make_vae(
         )
         loss = partial(base_vae.vae_loss, vae, autocast_of(args))
         budget = Budget(args.vae_steps, 0.0 if args.vae_steps else args.vae_minutes)
-        optimizer = MuonAdam(vae, args.vae_learning_rate)
+        optimizer = make_optimizer(vae, args.vae_learning_rate)
         steps = fit(vae, optimizer, batches, loss, budget, place.partial / "vae.pt", "VAE")
         heldout = [part[-args.num_heldout :] for part in (clips, further) if part]
         psnr = [round(base_vae.reconstruction_psnr(vae, part), 3) for part in heldout]
@@ -151,13 +151,19 @@ def make_transformer(
         loss = partial(
             base_transformer.v_loss, transformer, scheduler.alphas_cumprod.to(args.device), autocast_of(args)
         )
-        groups = [{"params": list(transformer.parameters()), "peak_lr": args.transformer_learning_rate}]
-        on_gpu = torch.device(args.device).type == "cuda"
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=on_gpu)
+        optimizer = make_optimizer(transformer, args.transformer_learning_rate)
         checkpoint = place.partial / "transformer.pt"
-        fit(transformer, optimizer, batches, loss, Budget(args.transformer_steps), checkpoint, "transformer")
+        budget = Budget(0 if args.transformer_minutes else args.transformer_steps, args.transformer_minutes)
+        steps = fit(transformer, optimizer, batches, loss, budget, checkpoint, "transformer")
+        place.note(transformer_steps_done=steps)
         place.finish("transformer", transformer.save_pretrained)
     return CogVideoXTransformer3DModel.from_pretrained(place.output_dir / "transformer")
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> MuonAdamW:
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True, "capturable": on_gpu}
+    return MuonAdamW(list(model.parameters()), lr=learning_rate, **options)
 
 
 def autocast_of(args: argparse.Namespace) -> Callable[[], torch.autocast]:
@@ -248,6 +254,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae_image_batch_size", type=int, default=2, help="single frames a step")
     add("--vae_learning_rate", type=float, default=2e-3, help="peak")
     add("--transformer_steps", type=whole_number(1), default=150)
+    add("--transformer_minutes", type=not_negative_number, default=0.0, help="when given, in the place of the steps")
     add("--transformer_batch_size", type=int, default=4)
     add("--transformer_windows", type=int, default=120, help="windows encoded once for the transformer")
     add("--transformer_learning_rate", type=float, default=1e-3, help="peak")
