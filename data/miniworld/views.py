@@ -1,8 +1,9 @@
 """How a scene is seen and built: the camera, the roads, the vehicle and the grading of the colours.
 
 The game world has one view, `GAME`, whose values are the defaults below. The broad world, from which a base model
-learns before it is fine-tuned to the game, draws one for every clip, from ranges so wide that a view close to the
-game's is rare.
+learns before it is fine-tuned to the game, draws one for every clip, from wide ranges. In a third of its clips the
+camera is about where the game has it, behind the vehicle: how a road and its kerbs come nearer is more than stage 1's
+few parameters, or stage 2's, could learn beside the game's look.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from data.miniworld.simulator import ROAD_HALF_WIDTH, ROAD_SPACING
 
 WORLDS = ("game", "broad")
+NEAR_SHARE = 0.35  # of broad's views: those with the camera about where the game has it
 VEHICLES = ("car", "coupe", "van", "truck", "buggy")  # what broad draws from; car.py has their shapes
 
 Gain = tuple[float, float, float]  # factors of red, green and blue
@@ -69,11 +71,16 @@ def random_view(rng: np.random.Generator) -> View:
 
     # The camera follows from what it shows, so that the vehicle is always in the picture: where the horizon is, where
     # the wheels stand below it (in picture heights; a picture is 3:2) and how wide the vehicle is (in picture widths).
-    horizon, focal, width = rng.uniform(0.12, 0.6), spread(0.42, 1.3), spread(1.3, 3.2)
-    drop = rng.uniform(horizon + 0.2, 0.93) - horizon
-    distance = focal * width / spread(0.09, 0.3)
+    if rng.uniform() < NEAR_SHARE:
+        horizon, focal, width = rng.uniform(0.36, 0.46), spread(0.62, 0.75), spread(1.8, 2.4)
+        drop = rng.uniform(0.42, 0.46)
+        distance = focal * width / spread(0.21, 0.27)
+    else:
+        horizon, focal, width = rng.uniform(0.12, 0.6), spread(0.42, 1.3), spread(1.3, 3.2)
+        drop = rng.uniform(horizon + 0.2, 0.93) - horizon
+        distance = focal * width / spread(0.09, min(0.3, 0.6 * (horizon + drop)))  # its roof stays in the picture
     height = drop * distance / (1.5 * focal)
-    roads, kerbs = rng.uniform() < 0.75, rng.uniform() < 0.4
+    roads, kerbs = rng.uniform() < 0.9, rng.uniform() < 0.6
     return View(
         height=height,
         distance=distance,
