@@ -26,7 +26,7 @@ class DrawTape:
     numbers, drawn in the same order, into the same tensors.
     """
 
-    def __init__(self, rng: SampleRandom):
+    def __init__(self, rng: SampleRandom | None):
         self.rng = rng
         self.tensors: list[Tensor] = []
         self.calls: list[tuple[str, tuple]] = []
@@ -36,7 +36,7 @@ class DrawTape:
     def __len__(self) -> int:
         return len(self.rng)
 
-    def rewind(self, rng: SampleRandom) -> None:
+    def rewind(self, rng: SampleRandom | None) -> None:
         """Draws what the tape holds anew, from `rng`."""
         self.rng, self.position = rng, 0
         for tensor, (name, arguments) in zip(self.tensors, self.calls, strict=True):
@@ -82,27 +82,28 @@ class StepGraph:
 
     Args:
         step: the whole step, up to the changed weights. What it does besides working on tensors happens only while its
-            kind is new; what it returns is overwritten by the next step of its kind.
+            kind is new; what it returns is overwritten by the next step of its kind. A step that draws nothing may be
+            called without `rng`.
         device: a GPU; on a CPU nothing is recorded, but the step works on the same fixed tensors (so tests can tell).
     """
 
     def __init__(self, step: Step, device: torch.device):
         self.step, self.device = step, device
         self.shared_calls: list[tuple[int, int]] = []  # arguments of `shared_randint`, as the first step made them
-        self.tapes: dict[tuple, list[DrawTape]] = {}
+        self.eager: dict[tuple, tuple[int, DrawTape | None]] = {}  # steps so far and the last one's draws
         self.recordings: dict[tuple, Recording] = {}
 
-    def __call__(self, batch: dict[str, Any], rng: SampleRandom) -> Any:
+    def __call__(self, batch: dict[str, Any], rng: SampleRandom | None = None) -> Any:
         shapes = tuple((name, value.shape) for name, value in batch.items() if isinstance(value, Tensor))
         kind = (*shapes, *(rng.shared_randint(*call) for call in self.shared_calls))
-        tapes = self.tapes.setdefault(kind, [])
-        if len(tapes) < EAGER_STEPS:
-            tapes.append(DrawTape(rng))
-            outputs = self._eager(batch, tapes[-1])
-            self.shared_calls = tapes[-1].shared_calls
+        steps, tape = self.eager.get(kind, (0, None))
+        if steps < EAGER_STEPS:
+            tape = DrawTape(rng)
+            outputs = self._eager(batch, tape)
+            self.eager[kind], self.shared_calls = (steps + 1, tape), tape.shared_calls
             return outputs
         if kind not in self.recordings:
-            self.recordings[kind] = self._record(batch, tapes[-1])
+            self.recordings[kind] = self._record(batch, tape)
         recording = self.recordings[kind]
         for name, value in recording.inputs.items():
             if isinstance(value, Tensor):

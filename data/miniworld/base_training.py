@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config.errors import UserError
+from common.training.step_graph import StepGraph
 
 WARM_UP = 0.05  # share of the budget
-EAGER_STEPS = 3  # of each kind of batch, before a CUDA graph is recorded
 
 # These do not change what is trained.
 IGNORED_ON_RESUME = ("device", "compile", "output_dir", "data_root", "index_file", "vae_index_file", "init_vae")
@@ -90,54 +90,6 @@ class Workplace:
         os.replace(self.partial / name, self.output_dir / name)
 
 
-class TrainingStep:
-    """Loss, gradients (clipped to norm 1) and one optimizer step. On a GPU it is recorded once for every kind of batch
-    and then replayed as one CUDA graph: models this small wait for Python, not for the GPU.
-
-    Whatever changes from step to step must come in through the batch or lie in a tensor (the learning rate does).
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_of_batch: Callable[[Batch], Tensor]):
-        self.model, self.optimizer, self.loss_of_batch = model, optimizer, loss_of_batch
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.calls: dict[tuple, int] = {}
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """The loss [] before the step; on a GPU it is overwritten by the next step of the same kind."""
-        if self.parameters[0].device.type != "cuda":
-            return self.run(batch)
-        kind = tuple((name, tensor.shape) for name, tensor in batch.items())
-        self.calls[kind] = self.calls.get(kind, 0) + 1
-        if self.calls[kind] <= EAGER_STEPS:  # in a stream of their own, as recording needs it
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                loss = self.run(batch)
-            torch.cuda.current_stream().wait_stream(stream)
-            return loss
-        if kind not in self.graphs:
-            inputs = {name: tensor.clone() for name, tensor in batch.items()}
-            self.optimizer.zero_grad(set_to_none=True)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                loss = self.run(inputs)
-            self.graphs[kind] = graph, inputs, loss
-        graph, inputs, loss = self.graphs[kind]
-        for name, tensor in batch.items():
-            inputs[name].copy_(tensor)
-        graph.replay()
-        return loss
-
-    def run(self, batch: Batch) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss_of_batch(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        return loss.detach()
-
-
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -167,7 +119,16 @@ def fit(
     rate = torch.zeros((), device=device)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    take_step = TrainingStep(model, optimizer, loss_of_batch)
+
+    def step_of(batch: Batch, _: object) -> Tensor:
+        loss = loss_of_batch(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    take_step = StepGraph(step_of, device)  # models this small wait for Python, not for the GPU
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}

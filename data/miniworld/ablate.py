@@ -1,0 +1,208 @@
+r"""What helps? Trains a stage of the mini world once for each arm and seed, all equally long, and measures every one.
+
+    python -m data.miniworld.ablate --stage 3 --pretrained_model_name_or_path outputs/miniworld_gpu/stage2 \
+        --output_dir outputs/ablation3 --seeds 0 1 2 -- --max_train_steps 2000 --train_batch_size 64 \
+        --data_root outputs/miniworld_gpu/world --latent_cache_dir outputs/miniworld_gpu/latents97 …
+
+Behind `--` stand settings for every arm, as on the stage's launch line; an arm's own come after them. OUT/ARM/SEED
+holds a run and OUT/ARM/SEED/report its evaluation; OUT/ablation.md and .json set the arms side by side. What is there
+already is kept, so the same command goes on where it was stopped, and several machines may share the work by --arms and
+--seeds.
+
+An arm that differs in sampling alone is measured on the default's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
+from common.config.errors import UserError, run_cli
+
+DEFAULT = "default"
+CONTROL_GUIDANCE = "2"  # of every model that is not distilled
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One change: settings of the training run and options of the evaluation, as on their launch lines."""
+
+    train: str = ""
+    evaluate: str = ""
+
+
+_GUIDANCE = {
+    "guidance on nothing": Arm(evaluate="--guidance_scale 1 --control_guidance_scale 1"),
+    "guidance on text, 3": Arm(evaluate="--guidance_scale 3 --control_guidance_scale 1"),
+    "guidance on control, 4": Arm(evaluate="--guidance_scale 1 --control_guidance_scale 4"),
+    "guidance on both, 2": Arm(evaluate="--guidance_scale 2 --control_guidance_scale 2"),
+}
+ARMS: dict[int, dict[str, Arm]] = {
+    2: {
+        DEFAULT: Arm(),
+        "frame_causal, positions": Arm("--control_attention frame_causal --control_temporal_position True"),
+        "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),
+        "adamw": Arm("--optimizer adamw"),
+        **_GUIDANCE,
+    },
+    3: {
+        DEFAULT: Arm(),
+        "W=2 windows only": Arm("--window_frames 33"),
+        "W=1 windows only": Arm("--window_frames 17"),
+        # To be compared with "W=2 windows only": the condition is always the VAE's first latent, of one frame.
+        "W=2 windows from first frames": Arm(
+            "--frame_buckets 33 --window_frames --windows_per_clip 3 --latent_cache_dir {clip_cache}"
+        ),
+        "condition at t=20": Arm("--condition_timestep 20"),
+        "no uniform timesteps": Arm("--uniform_timestep_share 0"),
+        "half uniform timesteps": Arm("--uniform_timestep_share 0.5"),
+        "solver history": Arm("--carry_solver_history True"),
+        "adamw": Arm("--optimizer adamw"),
+        "4 steps": Arm(evaluate="--num_inference_steps 4"),
+        **_GUIDANCE,
+    },
+    4: {
+        DEFAULT: Arm(),
+        "EMA .8": Arm("--ema_decay 0.8"),
+        "EMA .99": Arm("--ema_decay 0.99"),
+        "EMA .999": Arm("--ema_decay 0.999"),
+        "Huber .001": Arm("--huber_c 0.001"),
+        "Huber .1": Arm("--huber_c 0.1"),
+        "guidance embedded": Arm("--guidance_range 1 3 --cond_proj_dim 32"),
+        "continuous offsets": Arm("--continuous_offsets True"),
+        "20 solver steps": Arm("--num_solver_steps 20"),
+        "2 phases per group": Arm("--phases_per_group 2"),
+    },
+}
+MEASURES = {2: ("control", "frechet"), 3: ("control", "frechet", "latency"), 4: ("control", "frechet", "latency")}
+
+
+def figures_of(report: dict[str, Any]) -> dict[str, float]:
+    """The numbers of the one model in an evaluation's report."""
+    (row,) = (row for row in report["rows"] if row["kind"] == "model")
+    (way,) = row["measures"]["control"]  # "clips" or "streams"
+    figures = {
+        "control F1": row["measures"]["control"][way]["macro_f1"][0],
+        "Fréchet": row["measures"]["frechet"][way]["distance"][0],
+    }
+    for width, values in sorted(row["measures"].get("latency", {}).items()):
+        figures[f"latency {width}"] = values["median"][0] if values["median"][0] is not None else float("nan")
+    return figures
+
+
+def table_of(results: dict[str, dict[int, dict[str, float]]]) -> str:
+    """Markdown: an arm a line, each number as mean (lowest…highest) over the training seeds.
+
+    A number is bold where its range and the default's do not meet: that many seeds tell the two apart.
+    """
+    names = list(dict.fromkeys(name for runs in results.values() for run in runs.values() for name in run))
+    lines = ["| arm | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    reference = results.get(DEFAULT, {})
+    for arm, runs in results.items():
+        cells = []
+        for name in names:
+            values, others = ([run[name] for run in group.values() if name in run] for group in (runs, reference))
+            if not values:
+                cells.append("–")
+                continue
+            text = f"{statistics.fmean(values):.3f} ({min(values):.3f}…{max(values):.3f})"
+            apart = others and len(values) > 1 and (min(values) > max(others) or max(values) < min(others))
+            cells.append(f"**{text}**" if apart else text)
+        lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+class Ablation:
+    """Runs and measures arms; `run` calls a program (replaced in tests)."""
+
+    def __init__(self, args: argparse.Namespace, run: Callable[[Sequence[str]], None]):
+        self.args, self.run = args, run
+
+    def folder(self, arm: str, seed: int) -> Path:
+        return self.args.output_dir / "".join(c if c.isalnum() else "_" for c in arm) / str(seed)
+
+    def measure(self, arm: str, seed: int) -> dict[str, float]:
+        """Trains and evaluates one arm at one seed, unless that is done."""
+        report = self.folder(arm, seed) / "report" / "report.json"
+        if not report.exists():
+            change = ARMS[self.args.stage][arm]
+            trained = self.folder(arm if change.train else DEFAULT, seed) / "model"
+            if not (trained / "model_index.json").exists():
+                self.run([
+                    "common.tools.train", "--config", f"stage{self.args.stage}/training/miniworld_config.py",
+                    "--pretrained_model_name_or_path", str(self.args.pretrained_model_name_or_path),
+                    "--output_dir", str(trained), "--seed", str(seed), "--validation_steps", "0",
+                    "--validation_prompts", *self.args.settings,
+                    *change.train.format(clip_cache=self.args.clip_cache).split(),
+                ])  # fmt: skip
+            guided = () if self.args.stage == 4 else ("--control_guidance_scale", CONTROL_GUIDANCE)
+            self.run([
+                "common.tools.evaluate", "--model_path", str(trained), "--output_dir", str(report.parent),
+                "--measures", *MEASURES[self.args.stage], "--num_videos", str(self.args.num_videos),
+                "--batch_size", str(self.args.num_videos), "--seeds", str(seed), *guided, *change.evaluate.split(),
+            ])  # fmt: skip
+        return figures_of(json.loads(report.read_text()))
+
+    def all(self) -> str:
+        """The table of all arms; written anew after each result."""
+        results: dict[str, dict[int, dict[str, float]]] = {}
+        table = ""
+        for seed in self.args.seeds:  # seed by seed: every arm has one before any has two
+            for arm in self.args.arms:
+                results.setdefault(arm, {})[seed] = self.measure(arm, seed)
+                table = table_of(results)
+                for name, text in (("ablation.json", json.dumps(results, indent=1)), ("ablation.md", table)):
+                    partial = self.args.output_dir / f"{name}.partial"
+                    partial.write_text(text, encoding="utf-8")
+                    os.replace(partial, self.args.output_dir / name)
+        return table
+
+
+def run_program(words: Sequence[str]) -> None:
+    """Runs `python -m words…` to its end. UserError when it fails: it has said why."""
+    result = subprocess.run([sys.executable, "-m", *words], check=False)
+    if result.returncode:
+        raise UserError(f"{words[0]} ended with {result.returncode}; the same command goes on once that is mended")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--stage", type=int, choices=sorted(ARMS), required=True)
+    parser.add_argument("--pretrained_model_name_or_path", type=Path, required=True, help="what every arm starts from")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", default=None, help="some of the stage's arms; by default all")
+    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2], help="of the training runs")
+    parser.add_argument("--clip_cache", type=Path, default=None, help="latents of three 33-frame windows a clip")
+    parser.add_argument("--num_videos", type=whole_number(1), default=96, help="measured of each run")
+    args = parser.parse_args(words[:cut])
+    args.settings = words[cut + 1 :]
+    known = ARMS[args.stage]
+    args.arms = args.arms or list(known)
+    for arm in args.arms:
+        if arm not in known:
+            raise UserError(f"--arms {arm!r}: stage {args.stage} has {', '.join(map(repr, known))}")
+        if "{clip_cache}" in known[arm].train and args.clip_cache is None:
+            raise UserError(f"--clip_cache: the arm {arm!r} needs it; leave that arm out by --arms, or give the cache")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    refuse_unwritable(args.output_dir, "--output_dir")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    print(Ablation(args, run_program).all())
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,92 @@
+"""The ablation's bookkeeping. Training and evaluation have tests of their own; here they are written down, not run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.config.errors import UserError
+from common.config.loader import load_settings
+from data.miniworld.ablate import ARMS, DEFAULT, Ablation, parse_arguments, table_of
+
+WINDOWS = {2: [], 3: ["--window_frames", "17", "33"], 4: ["--window_frames", "17", "33"]}
+
+
+@pytest.mark.parametrize(("stage", "arm"), [(stage, arm) for stage, arms in ARMS.items() for arm in arms])
+def test_every_arm_is_a_change_that_its_stage_knows(stage, arm):
+    config, words = f"stage{stage}/training/miniworld_config.py", WINDOWS[stage]
+    default = load_settings(config, words).to_dict()
+    change = ARMS[stage][arm]
+    changed = load_settings(config, [*words, *change.train.format(clip_cache="cache").split()]).to_dict()
+    assert (changed != default) == bool(change.train)
+    assert bool(change.train or change.evaluate) == (arm != DEFAULT)
+
+
+class Programs:
+    """Notes what is run, and leaves behind what it would leave: F1 .5 for the default, .7 for all others."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, words):
+        self.calls.append(list(words))
+        out = words[words.index("--output_dir") + 1]
+        seed = int(words[words.index("--seed" if "--seed" in words else "--seeds") + 1])
+        folder = Path(out)
+        folder.mkdir(parents=True)
+        if words[0] == "common.tools.train":
+            (folder / "model_index.json").write_text("{}")
+            return
+        f1 = (0.5 if "/default/" in words[words.index("--model_path") + 1] else 0.7) + 0.01 * seed
+        measures = {
+            "control": {"streams": {"macro_f1": [f1, 0, 1]}},
+            "frechet": {"streams": {"distance": [3.0, 2, 4]}},
+            "latency": {"w2": {"median": [8.0, 8, 8]}},
+        }
+        rows = [{"kind": "true", "measures": {}}, {"kind": "model", "measures": measures}]
+        (folder / "report.json").write_text(json.dumps({"rows": rows}))
+
+
+def ablation(tmp_path, *words):
+    args = parse_arguments(
+        ["--stage", "3", "--pretrained_model_name_or_path", "stage2", "--output_dir", str(tmp_path), *words]
+    )
+    return Ablation(args, Programs())
+
+
+def test_runs_each_arm_once_and_sampling_alone_on_the_defaults_weights(tmp_path):
+    words = ("--seeds", "0", "1", "--arms", DEFAULT, "adamw", "4 steps", "--", "--max_train_steps", "7")
+    first = ablation(tmp_path, *words)
+    table = first.all()
+    trained = [call for call in first.run.calls if call[0] == "common.tools.train"]
+    assert len(trained) == 4 and all("--max_train_steps" in call for call in trained)
+    assert [call[-2:] for call in trained if "adamw" in call] == [["--optimizer", "adamw"]] * 2
+    measured = [call for call in first.run.calls if call[0] == "common.tools.evaluate"]
+    four = [call for call in measured if "--num_inference_steps" in call]
+    assert len(measured) == 6 and len(four) == 2 and all("/default/" in call[2] for call in four)
+
+    again = ablation(tmp_path, *words)
+    assert again.all() == table and not again.run.calls
+    assert (tmp_path / "ablation.md").read_text() == table
+
+
+def test_table_marks_what_the_seeds_tell_apart():
+    def runs(*values):
+        return {seed: {"control F1": value} for seed, value in enumerate(values)}
+
+    table = table_of({DEFAULT: runs(0.50, 0.52, 0.51), "better": runs(0.6, 0.55, 0.7), "alike": runs(0.4, 0.505, 0.6)})
+    default, better, alike = table.splitlines()[2:]
+    assert default == "| default | 3 | 0.510 (0.500…0.520) |"
+    assert better == "| better | 3 | **0.617 (0.550…0.700)** |" and "**" not in alike
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--arms", "nonsense"), "stage 3 has 'default'"),
+        (("--arms", "W=2 windows from first frames"), "--clip_cache"),
+    ],
+)
+def test_refuses_arms_that_it_cannot_run(tmp_path, words, match):
+    with pytest.raises(UserError, match=match):
+        ablation(tmp_path, *words)
