@@ -19,6 +19,7 @@ import transformers
 
 from common.cogvideox.autoencoder import make_streamable
 from common.config.errors import UserError, one_line
+from common.config.files import replace_text
 from common.config.model_directory import resolve_pipeline_directory
 
 INDEX_NAME = "model_index.json"
@@ -154,9 +155,7 @@ def write_pipeline(
             index[name] = base_index[name]
             if base_index[name][0] is not None:
                 replace_directory(output_dir / name, lambda target, name=name: _link_tree(base_dir / name, target))
-    temporary = output_dir / f".{INDEX_NAME}.tmp"
-    temporary.write_text(json.dumps(index, indent=2) + "\n")
-    temporary.replace(output_dir / INDEX_NAME)
+    replace_text(output_dir / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
 def replace_directory(target: Path, write: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, get_type_hints
 from common.config.command_line import refuse_unwritable
 from common.config.errors import SettingError, UserError
 from common.config.fields import PathSetting, check_value, describe
+from common.config.files import replace_text
 
 VAE_TIME_FACTOR = 4  # raw frames per latent frame after the first
 SIZE_MULTIPLE = 16  # 8 pixels per latent pixel, 2 latent pixels per patch
@@ -158,9 +159,7 @@ class TrainingSettings:
         """Write the settings as JSON, beside and renamed, so that a killed run never leaves half a file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def build_objective(self) -> Any:
         """The stage's objective, which holds its models and its loss. Each stage's settings say which."""

@@ -11,6 +11,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from common.config.errors import UserError
+from common.config.files import replacing
 
 # Fragments make a file playable up to wherever it was cut off, by a crash too, at the price of slower
 # seeking.
@@ -83,8 +84,5 @@ def to_frames(video: np.ndarray) -> np.ndarray:
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 16, gop: int | None = None) -> None:
     """Writes a finished clip, uint8 [N,h,w,3], beside `path` first: under its name it is always whole."""
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    with VideoWriter(partial, fps, crf, gop, options=()) as writer:
+    with replacing(path) as beside, VideoWriter(beside, fps, crf, gop, options=()) as writer:
         writer.write(frames)
-    os.replace(partial, path)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config.errors import UserError
+from common.config.files import replace_text
 
 MEASURES = ("control", "frechet", "text", "latency", "drift")
 
@@ -74,10 +74,8 @@ class PartStore:
 
     def save(self, part: Part) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / part.key.file_name
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(without_nan(asdict(part)), allow_nan=False) + "\n")
-        os.replace(partial, path)
+        text = json.dumps(without_nan(asdict(part)), allow_nan=False) + "\n"
+        replace_text(self.folder / part.key.file_name, text)
 
     def all(self) -> list[Part]:
         """Every part, in the order of their names."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.config.files import replace_text
 from common.evaluation.plots import write_plots
 
 Row = dict[str, Any]
@@ -18,16 +18,10 @@ PIPELINE_NAMES = {"vae": "true video, encoded and decoded by this VAE"}
 def write_report(folder: Path, report: dict[str, Any]) -> str:
     """Writes report.json, report.md and PNG files into `folder`; returns the summary table as text."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     plots = write_plots(folder, report)
-    _replace(folder / "report.md", markdown(report, plots))
+    replace_text(folder / "report.md", markdown(report, plots))
     return summary_table(report)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def label(row: Row, report: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from common.config.errors import UserError
+from common.config.files import replace_text
 
 
 class Means:
@@ -104,9 +104,7 @@ class RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
-            replacement = self.path.with_suffix(".tmp")
-            replacement.write_text("".join(line + "\n" for line in kept))
-            os.replace(replacement, self.path)
+            replace_text(self.path, "".join(line + "\n" for line in kept))
         if report_to != "none":
             options = {"tensorboard": {"purge_step": first_step}, "wandb": {"name": output_dir.name}}
             name = {"tensorboard": "tensorboard", "wandb": "interactive-video-worlds"}[report_to]

@@ -52,6 +52,10 @@ class MuonAdamW(torch.optim.AdamW):
         groups = [{"params": others, "muon": False}, {"params": matrices, "muon": True}]
         super().__init__([group for group in groups if group["params"]], **options)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # AdamW's own completes the states of old files, and looks for a count of steps that matrices do not have.
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         groups = self.param_groups

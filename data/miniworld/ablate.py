@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
+from common.config.files import replace_text
 
 DEFAULT = "default"
 CONTROL_GUIDANCE = "2"  # of every model that is not distilled
@@ -142,7 +142,7 @@ class Ablation:
                     "--pretrained_model_name_or_path", str(self.args.pretrained_model_name_or_path),
                     "--output_dir", str(trained), "--seed", str(seed), "--validation_steps", "0",
                     "--validation_prompts", *self.args.settings,
-                    *change.train.format(clip_cache=self.args.clip_cache).split(),
+                    *(word.format(clip_cache=self.args.clip_cache) for word in change.train.split()),
                 ])  # fmt: skip
             guided = () if self.args.stage == 4 else ("--control_guidance_scale", CONTROL_GUIDANCE)
             self.run([
@@ -160,10 +160,8 @@ class Ablation:
             for arm in self.args.arms:
                 results.setdefault(arm, {})[seed] = self.measure(arm, seed)
                 table = table_of(results)
-                for name, text in (("ablation.json", json.dumps(results, indent=1)), ("ablation.md", table)):
-                    partial = self.args.output_dir / f"{name}.partial"
-                    partial.write_text(text, encoding="utf-8")
-                    os.replace(partial, self.args.output_dir / name)
+                replace_text(self.args.output_dir / "ablation.json", json.dumps(results, indent=1) + "\n")
+                replace_text(self.args.output_dir / "ablation.md", table)
         return table
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config.errors import UserError
+from common.config.files import replace_text, replacing
 from common.training.step_graph import StepGraph
 
 WARM_UP = 0.05  # share of the budget
@@ -46,13 +47,6 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min((progress + 1e-3) / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def save_beside(state: object, path: Path) -> None:
-    """torch.save to a temporary name, then renamed: a kill leaves the old file whole."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
 class Workplace:
     """The output directory: which parts are finished, and how they get there (beside first, then renamed)."""
 
@@ -76,9 +70,7 @@ class Workplace:
     def note(self, **figures: object) -> None:
         """Keeps figures in make_base.json."""
         self.record.update(figures)
-        partial_path = self.partial / "make_base.json"
-        partial_path.write_text(json.dumps(self.record, indent=1) + "\n")
-        os.replace(partial_path, self.output_dir / "make_base.json")
+        replace_text(self.output_dir / "make_base.json", json.dumps(self.record, indent=1) + "\n")
 
     def has(self, name: str) -> bool:
         return (self.output_dir / name).is_dir()
@@ -132,7 +124,8 @@ def fit(
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-        save_beside(state, checkpoint)
+        with replacing(checkpoint) as beside:
+            torch.save(state, beside)
 
     model.train()
     last_save = time.monotonic()

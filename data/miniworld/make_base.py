@@ -36,13 +36,14 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from common.config.command_line import ArgumentParser, not_negative_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
+from common.config.files import replacing
 from common.config.settings import VAE_TIME_FACTOR
 from common.data.index import ClipRecord, read_index
 from common.data.video import ClipError, ClipTooShort, Video
 from common.training.encoding import encode_prompts
 from common.training.muon import MuonAdamW
 from data.miniworld import base_text, base_transformer, base_vae
-from data.miniworld.base_training import Budget, Workplace, fit, save_beside
+from data.miniworld.base_training import Budget, Workplace, fit
 
 OUT_OF_MEMORY_HELP = (
     "out of memory: lower --vae_batch_size, --vae_image_batch_size, --transformer_batch_size, --max_clips"
@@ -127,7 +128,8 @@ def encode_clips(
             moments, clip_numbers = base_vae.encode_windows(
                 vae, windows, args.transformer_windows, args.num_frames, bar.update
             )
-        save_beside({"moments": moments, "clip_numbers": clip_numbers}, path)
+        with replacing(path) as beside:
+            torch.save({"moments": moments, "clip_numbers": clip_numbers}, beside)
     return torch.load(path, map_location=args.device, weights_only=True)
 
 

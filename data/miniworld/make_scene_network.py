@@ -180,8 +180,10 @@ def make_scene_network(args: argparse.Namespace) -> SceneNetwork:
     clips = read_clips(records, network)
     train, heldout = clips.part(slice(-args.num_heldout)).to(args.device), clips.part(slice(-args.num_heldout, None))
     network.to(args.device)
-    groups = [{"params": list(network.parameters()), "peak_lr": args.learning_rate}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True,
+        capturable=torch.device(args.device).type == "cuda",
+    )  # fmt: skip
     partial = args.output_dir / ".partial"
     partial.mkdir(parents=True, exist_ok=True)
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
+from common.config.files import replace_text, replacing
 from common.data.video_writer import write_video
 from data.miniworld.looks import random_look
 from data.miniworld.render import render
@@ -78,12 +79,11 @@ def make_clip(job: ClipJob) -> None:
     trajectory = simulate(job.signals(), job.clip_seed())
     # High quality, and a key frame every second: reading a window from the middle is quick.
     write_video(job.video, render(trajectory, look, job.height, job.width), FPS, crf=12, gop=FPS)
-    partial = job.truth.with_name(f".{job.truth.stem}.partial.npz")
-    np.savez(
-        partial, stamp=job.stamp(), speed=trajectory.speed.astype(np.float32), signals=trajectory.signals,
-        yaw_rate=trajectory.yaw_rate.astype(np.float32),
-    )  # fmt: skip
-    os.replace(partial, job.truth)
+    with replacing(job.truth) as beside:
+        np.savez(
+            beside, stamp=job.stamp(), speed=trajectory.speed.astype(np.float32), signals=trajectory.signals,
+            yaw_rate=trajectory.yaw_rate.astype(np.float32),
+        )  # fmt: skip
 
 
 def make_jobs(args: argparse.Namespace) -> list[ClipJob]:
@@ -135,9 +135,7 @@ def make_videos(args: argparse.Namespace) -> Path:
                 for _ in pool.map(make_clip, missing):
                     progress.update()
     path = args.output_dir / args.index_name
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"list": [index_entry(job, args.output_dir) for job in jobs]}, indent=1) + "\n")
-    os.replace(partial, path)
+    replace_text(path, json.dumps({"list": [index_entry(job, args.output_dir) for job in jobs]}, indent=1) + "\n")
     return path
 
 

@@ -1,5 +1,7 @@
 """Muon: against the polar factor by SVD, PyTorch's own Muon, and plain AdamW on what is no matrix."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,18 @@ def test_a_convolution_is_a_matrix_and_its_rate_may_be_a_tensor():
     rate.zero_()
     optimizer.step()
     assert torch.equal(conv.weight, before)
+
+
+def test_goes_on_from_its_state_as_if_unbroken():
+    torch.manual_seed(0)
+    models = [nn.Linear(32, 20), nn.Linear(32, 20)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [MuonAdamW(list(model.parameters()), lr=1e-2) for model in models]
+    for step in range(4):
+        if step == 2:
+            optimizers[1] = MuonAdamW(list(models[1].parameters()), lr=1e-2)
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            gradients(model, step)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
