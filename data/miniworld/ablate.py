@@ -9,7 +9,8 @@ holds a run and OUT/ARM/SEED/report its evaluation; OUT/ablation.md and .json se
 already is kept, so the same command goes on where it was stopped, and several machines may share the work by --arms and
 --seeds.
 
-An arm that differs in sampling alone is measured on the default's weights.
+An arm that differs in sampling alone is measured on the default's weights. "default" is what the stage's
+miniworld_config.py and the settings behind `--` say.
 """
 
 from __future__ import annotations

@@ -3,13 +3,9 @@ r"""Trains the mini base model: a complete diffusers CogVideoX pipeline director
     python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base
 
 takes six to seven minutes on two CPU cores: 3.5 of training for the video autoencoder (the picture quality of
-everything later rests on it), the rest for a text-to-video transformer that knows what the world looks like. With
-
-    --mixed_precision bf16 --vae_minutes 2.5 --vae_image_share 0.2 --vae_batch_size 16 --vae_image_batch_size 64
-
-on a GPU the autoencoder reached 29.4 dB on held-out clips (one H200, 500 clips, 1163 steps); on two CPU cores it is
-about 22 dB.
-The transformer has not been trained at length yet: 2000 steps at batch 64 and a learning rate of 3e-4 were not stable.
+everything later rests on it; about 22 dB), the rest for a text-to-video transformer that knows what the world looks
+like. How it is trained at length on a GPU is in scripts/train_miniworld.sh: the autoencoder reaches 32 dB on held-out
+clips in seven minutes, and the transformer a loss of .09 in 31000 steps of 64 windows, 7.6 minutes of one H200.
 
 The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's.
 Finished parts are kept, and a run that was killed goes on from a checkpoint at most a minute old. With --vae_steps
