@@ -64,20 +64,14 @@ def _rotate_video_tokens(
     return torch.cat([text, apply_rotary_emb(video, image_rotary_emb)], dim=2)
 
 
-CONTROL_ATTENTION = ("token_causal", "frame_causal", "frame_decay")
-STEEPEST, FLATTEST = 4.0, 0.25  # slopes of frame_decay's heads
-
-
 def control_attention_bias(
     num_frames: int,
     tokens_per_frame: int,
     control_attention: str,
-    num_heads: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Additive bias of attention from video tokens to the F control keys, one a latent frame: [F·S,F], or
-    [h,F·S,F] for "frame_decay".
+    """Additive bias [F·S,F] of attention from video tokens to the F control keys, one a latent frame.
 
     `token_causal` is the published form. There each control key stands S times in a row and a lower-triangular
     mask over [F·S,F·S] leaves the p-th token of frame f with S copies of every earlier frame's key and p+1 of
@@ -86,11 +80,6 @@ def control_attention_bias(
     exact in bf16: earlier frames 0, the own frame log((p+1)/S), later ones −inf.
 
     `frame_causal`: every token of frame f sees the keys of frames ≤ f alike.
-
-    `frame_decay`: as before, less slope·age for a key that is `age` frames old (ALiBi, arXiv 2108.12409). The slopes
-    fall geometrically over the heads, from 4, which is all but blind to the past, to 1/4, which sees eight frames. So
-    the newest command stands out from the first step on; under `frame_causal` with positions it was still one among
-    equals after thousands.
     """
     frames = torch.arange(num_frames, device=device)
     query_frame = frames.repeat_interleave(tokens_per_frame)[:, None]  # [F·S,1]
@@ -99,18 +88,13 @@ def control_attention_bias(
         position = torch.arange(tokens_per_frame, device=device, dtype=torch.float64)
         own = torch.log((position + 1) / tokens_per_frame).repeat(num_frames)[:, None]  # [F·S,1]
         bias = torch.where(frames == query_frame, own, bias)
-    elif control_attention == "frame_decay":
-        share = torch.arange(num_heads, device=device, dtype=torch.float64) / max(num_heads - 1, 1)
-        slopes = STEEPEST * (FLATTEST / STEEPEST) ** share  # [h]
-        bias = -slopes[:, None, None] * (query_frame - frames)  # [h,F·S,F]
     elif control_attention != "frame_causal":
-        known = ", ".join(map(repr, CONTROL_ATTENTION))
-        raise ValueError(f"control_attention is {control_attention!r}; it must be one of {known}")
+        raise ValueError(f"control_attention is {control_attention!r}; it must be 'token_causal' or 'frame_causal'")
     return bias.masked_fill(frames > query_frame, float("-inf")).to(dtype)
 
 
 class ControlAttnProcessor:
-    """Video tokens [B,F·S,D] attend to F control tokens [B,F,D] under a bias [F·S,F] or [h,F·S,F]; no rotary embedding.
+    """Video tokens [B,F·S,D] attend to F control tokens [B,F,D] under a bias [F·S,F]; no rotary embedding.
 
     Always SDPA: with F keys the product is a few hundred times smaller than self-attention, and few other
     kernels take a bias.

@@ -47,7 +47,7 @@ class ControlBlock(nn.Module):
         attention_bias: torch.Tensor,
         temporal_position: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B,F·S,D], [B,F,D], [B,E] or [B,F,E], [F·S,F] or [h,F·S,F], [F,D] or None → [B,F·S,D]."""
+        """[B,F·S,D], [B,F,D], [B,E] or [B,F,E], [F·S,F], [F,D] or None → [B,F·S,D]."""
         video, control, gate, _ = self.norm1(hidden_states, control_states, temb)
         attended = self.attn1(
             video,

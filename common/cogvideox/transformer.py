@@ -30,7 +30,7 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         control_dim: width of a control signal's row; None leaves the adapter out.
         control_start_layer, control_end_layer: a control block follows each base block in [start, end).
         control_zero_init: a new adapter changes nothing before it is trained.
-        control_attention: "token_causal" (published), "frame_causal" or "frame_decay"; see `control_attention_bias`.
+        control_attention: "token_causal" (published) or "frame_causal"; see `control_attention_bias`.
         control_temporal_position: queries and keys of control attention carry their frame's position.
         cond_proj_dim: width of the guidance-scale embedding (latent consistency models, arXiv 2310.04378).
     The defaults are the published form, so that a config.json without these fields loads as published.
@@ -174,14 +174,14 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         return self.time_embedding(projected, timestep_cond)
 
     def _control_inputs(self, control_embeds: torch.Tensor, tokens_per_frame: int, dtype: torch.dtype) -> tuple:
-        """[B,F,control_dim] → control tokens [B,F,D], bias [F·S,F] or [h,F·S,F], frame positions [F,D] or None."""
-        config, num_frames, device = self.config, control_embeds.shape[1], control_embeds.device
+        """[B,F,control_dim] → control tokens [B,F,D], bias [F·S,F], frame positions [F,D] or None."""
+        num_frames, device = control_embeds.shape[1], control_embeds.device
         bias = control_attention_bias(
-            num_frames, tokens_per_frame, config.control_attention, config.num_attention_heads, device, dtype
+            num_frames, tokens_per_frame, self.config.control_attention, device=device, dtype=dtype
         )
         position = None
-        if config.control_temporal_position:
-            dim = config.num_attention_heads * config.attention_head_dim
+        if self.config.control_temporal_position:
+            dim = self.config.num_attention_heads * self.config.attention_head_dim
             position = get_1d_sincos_pos_embed_from_grid(dim, torch.arange(num_frames, device=device)).to(dtype)
         return self.control_embedding(control_embeds.to(dtype)), bias, position
 

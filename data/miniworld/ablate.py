@@ -50,7 +50,7 @@ _GUIDANCE = {
 ARMS: dict[int, dict[str, Arm]] = {
     2: {
         DEFAULT: Arm(),
-        "frame_causal, positions": Arm("--control_attention frame_causal --control_temporal_position True"),
+        "without positions": Arm("--control_temporal_position False"),
         "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),
         "adamw": Arm("--optimizer adamw"),
         **_GUIDANCE,

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cogvideox.attention import CONTROL_ATTENTION
 from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
 from common.cogvideox.noise_schedule import mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
@@ -49,8 +48,8 @@ class ControlSettings(TrainingSettings):
     control_dim: int = 768  # width of a signal's row; that of CLIP's text features if there is a text encoder
     control_start_layer: int = 15  # the first layer that a control block follows
     control_end_layer: int = 30  # one past the last
-    control_attention: str = "frame_decay"  # or "frame_causal", or "token_causal", the published form
-    control_temporal_position: bool = False  # queries and keys of control attention carry their frame's position
+    control_attention: str = "frame_causal"  # or "token_causal", the published form
+    control_temporal_position: bool = True  # keys of control attention carry their frame's position
     control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
     control_text_encoder: PathSetting = ""  # CLIP directory or hub id; "" takes a fixed orthogonal table
     control_sentences_file: PathSetting = ""  # JSON of signal → sentence for CLIP; "" takes this file's sentences
@@ -67,9 +66,10 @@ class ControlSettings(TrainingSettings):
                 "control_start_layer",
                 f"{self.control_start_layer} must be below control_end_layer {self.control_end_layer}",
             )
-        if self.control_attention not in CONTROL_ATTENTION:
-            known = ", ".join(map(repr, CONTROL_ATTENTION))
-            raise SettingError("control_attention", f"{self.control_attention!r} is not one of {known}")
+        if self.control_attention not in ("frame_causal", "token_causal"):
+            raise SettingError(
+                "control_attention", f"{self.control_attention!r} is not one of 'frame_causal', 'token_causal'"
+            )
 
     def build_objective(self) -> "ControlObjective":
         return ControlObjective(self)

@@ -1,7 +1,6 @@
 """The patched transformer against diffusers' class, the published layout's reference outputs, and closed forms."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -90,7 +89,7 @@ def test_a_frames_timestep_reaches_its_own_modulation():
     assert changed.tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("form", ["token_causal", "frame_causal", "frame_decay"])
+@pytest.mark.parametrize("form", ["token_causal", "frame_causal"])
 def test_new_adapter_changes_nothing_until_its_gate_opens(form):
     base = randomise(CogVideoXTransformer3DModel(**TINY))
     model = CogVideoXControlTransformer3DModel.from_transformer(
@@ -123,20 +122,7 @@ def test_few_keys_equal_repeated_keys_in_float64(form):
     torch.testing.assert_close(few, repeated, rtol=0, atol=1e-12)
 
 
-def test_decay_weighs_keys_by_their_age():
-    """With equal scores a key `age` frames old weighs e^(−slope·age); slopes go from 4 to 1/4 over the heads."""
-    S, heads = 6, 5
-    bias = control_attention_bias(F, S, "frame_decay", heads, dtype=torch.float64)
-    assert bias.shape == (heads, F * S, F)
-    weights = bias.softmax(dim=-1).unflatten(1, (F, S))  # [h,F,S,F]
-    for head, slope in enumerate((4.0, 2.0, 1.0, 0.5, 0.25)):
-        for frame in range(F):
-            expected = torch.tensor([math.exp(-slope * (frame - key)) if key <= frame else 0.0 for key in range(F)])
-            expected = (expected.double() / expected.sum()).expand(S, F)
-            torch.testing.assert_close(weights[head, frame], expected, rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize("form", ["token_causal", "frame_causal", "frame_decay"])
+@pytest.mark.parametrize("form", ["token_causal", "frame_causal"])
 def test_control_is_causal(form):
     """A later signal never reaches the control blocks of earlier frames (attention between frames cut off)."""
     model = randomise(CogVideoXControlTransformer3DModel(**TINY, **CONTROL, control_attention=form))
