@@ -15,12 +15,15 @@ KIND_NAMES = {"true": "true video", "vae": "VAE ceiling"}
 PIPELINE_NAMES = {"vae": "true video, encoded and decoded by this VAE"}
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> str:
-    """Writes report.json, report.md and PNG files into `folder`; returns the summary table as text."""
+def write_report(folder: Path, report: dict[str, Any], samples: Sequence[str] = ()) -> str:
+    """Writes report.json, report.md and PNG files into `folder`; returns the summary table as text.
+
+    `samples` are PNG files there that show videos.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     plots = write_plots(folder, report)
-    replace_text(folder / "report.md", markdown(report, plots))
+    replace_text(folder / "report.md", markdown(report, plots, samples))
     return summary_table(report)
 
 
@@ -187,8 +190,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
 }  # fmt: skip
 
 
-def markdown(report: dict[str, Any], plots: dict[str, list[str]]) -> str:
-    """The report to read. `plots`: section → file names of its plots."""
+def markdown(report: dict[str, Any], plots: dict[str, list[str]], samples: Sequence[str]) -> str:
+    """The report to read. `plots`: section → file names of its plots; `samples`: those of pictures of videos."""
     blocks = [
         "# What the models do", _scenes(report), summary_table(report),
         "In parentheses are 95 % intervals, by bootstrap over whole videos of all sampling seeds.",
@@ -196,6 +199,9 @@ def markdown(report: dict[str, Any], plots: dict[str, list[str]]) -> str:
     for section, (title, about, make) in SECTIONS.items():
         if entries(report, section):
             blocks += [f"## {title}", about, make(report), *(f"![{title}]({name})" for name in plots.get(section, []))]
+    if samples:
+        about = "The first scenes, true and as each model makes them; over each frame the signal commanded."
+        blocks += ["## Samples", about, *(f"![Samples]({name})" for name in samples)]
     blocks += ["## How it was made", _settings(report)]
     return "\n\n".join(blocks) + "\n"
 

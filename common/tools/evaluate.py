@@ -15,9 +15,10 @@ Measured are, on held-out captions and drives, at each of several sampling seeds
     drift      streams: distance and look of every ten seconds, on mixed controls and on straight-only
 
 The same is measured of true video, and, as the ceiling, of true video that went through each model's VAE. OUT holds
-report.md, report.json, the plots, and parts/: a small file for each result, written as it is finished. An interrupted
-evaluation, started again, goes on from them. To share the work among machines, give each other --seeds, --measures or
-models, copy all parts into one folder, and start the program once more with that folder and without --model_path.
+report.md, report.json, the plots, videos/ of two scenes and their contact sheets, and parts/: a small file for each
+result, written as it is finished. An interrupted evaluation, started again, goes on from them. To share the work among
+machines, give each other --seeds, --measures or models, copy all parts into one folder, and start the program once more
+with that folder and without --model_path.
 
 A rerun gives the same numbers on the same kind of machine: noise is drawn on the CPU, from sampling seed and number.
 """
@@ -36,6 +37,7 @@ from common.evaluation.parts import MEASURES, PartStore
 from common.evaluation.report import write_report
 from common.tools.evaluate_models import ModelPlan, plan_model
 from common.tools.evaluate_run import REFERENCE_ROW, TRUE_ROW, Evaluation
+from common.tools.evaluate_samples import draw_samples
 from common.tools.inference import OUT_OF_MEMORY_HELP
 from data.miniworld.simulator import SIGNALS
 
@@ -105,7 +107,9 @@ def main() -> None:
     parts = store.all()
     if not parts:
         raise UserError(f"{store.folder} holds no results, and no --model_path says what to measure")
-    print(write_report(args.output_dir, make_report(parts, SIGNALS, [plan.name for plan in plans])))
+    report = make_report(parts, SIGNALS, [plan.name for plan in plans])
+    rows = [row["name"] for row in report["rows"]]
+    print(write_report(args.output_dir, report, draw_samples(args.output_dir / "videos", rows, args.output_dir)))
     print(f"written to {args.output_dir}")
 
 

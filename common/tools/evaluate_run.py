@@ -36,6 +36,7 @@ from common.tools.evaluate_models import (
     generators_for,
     reconstruct,
 )
+from common.tools.evaluate_samples import save_samples
 from data.miniworld.heldout import LEAD_IN, Scene, SceneSet, draw_scenes
 from data.miniworld.instruments import FRAMES_PER_LATENT
 from data.miniworld.simulator import FPS
@@ -108,6 +109,8 @@ class Evaluation:
             keys = [PartKey(row, m, variant, seed) for m in VIDEO_MEASURES if m in args.measures]
             missing = [key for key in keys if self.store.load(key, settings | more) is None]
             frames = make() if missing else None
+            if missing and kind != "vae" and seed == args.seeds[0]:
+                save_samples(args.output_dir / "videos", row, variant, frames, scenes)
             about = model.about() if kind == "model" and missing else {}
             for key in missing:
                 values = values_of(key.measure, self.network, frames.to(self.device), scenes, skip)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.config.errors import UserError
+from common.data.video import Video
 from common.evaluation.comparison import make_report
 from common.evaluation.parts import Part, PartKey, PartStore
 from common.evaluation.summary import control_summary, frechet_summary
@@ -74,6 +75,11 @@ def test_report_to_read_and_plots(evaluated):
     plots = {path.name for path in evaluated.glob("*.png")}
     assert {"control.png", "confusion.png", "frechet.png", "drift_mixed.png", "drift_straight.png"} <= plots
     assert all(f"]({name})" in text for name in plots)
+    assert {"samples_clips.png", "samples_streams.png"} <= plots
+    for name, frames in (("base.clips", 17), ("stage 4.streams", 81), ("true.streams", 81)):
+        video = evaluated / "videos" / f"{name}.1.mp4"
+        about = json.loads(video.with_suffix(".json").read_text())
+        assert len(Video(video)) == frames == len(about["control"].split(",")) and about["prompt"]
     assert str(evaluated) not in text and str(evaluated) not in (evaluated / "report.json").read_text()
 
 
