@@ -74,8 +74,9 @@ if [[ ! $out/stage1_fused/model_index.json -nt $out/stage1/pytorch_lora_weights.
     python stage1/fuse_lora_weights.py --pretrained_model_path "$BASE" --lora_path "$out/stage1" \
         --output_dir "$out/stage1_fused"
 fi
-stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --control_start_layer 0 --control_end_layer 6
-stage 3 "$STAGE3_STEPS" "$out/stage2" 97 1 --window_frames 17 33
+stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --control_start_layer 0 --control_end_layer 6 \
+    --optimizer muon --learning_rate 1e-3
+stage 3 "$STAGE3_STEPS" "$out/stage2" 97 1 --window_frames 17 33 --optimizer muon --learning_rate 1e-3
 stage 4 "$STAGE4_STEPS" "$out/stage3" 97 1 --learning_rate 2e-4 --window_frames 17 33
 
 echo "done; pack what is to be shipped:"

@@ -52,7 +52,7 @@ ARMS: dict[int, dict[str, Arm]] = {
         DEFAULT: Arm(),
         "without positions": Arm("--control_temporal_position False"),
         "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),
-        "adamw": Arm("--optimizer adamw"),
+        "muon": Arm("--optimizer muon"),
         **_GUIDANCE,
     },
     3: {
@@ -67,7 +67,7 @@ ARMS: dict[int, dict[str, Arm]] = {
         "no uniform timesteps": Arm("--uniform_timestep_share 0"),
         "half uniform timesteps": Arm("--uniform_timestep_share 0.5"),
         "solver history": Arm("--carry_solver_history True"),
-        "adamw": Arm("--optimizer adamw"),
+        "muon": Arm("--optimizer muon"),
         "4 steps": Arm(evaluate="--num_inference_steps 4"),
         **_GUIDANCE,
     },

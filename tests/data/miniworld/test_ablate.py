@@ -55,12 +55,12 @@ def ablation(tmp_path, *words):
 
 
 def test_runs_each_arm_once_and_sampling_alone_on_the_defaults_weights(tmp_path):
-    words = ("--seeds", "0", "1", "--arms", DEFAULT, "adamw", "4 steps", "--", "--max_train_steps", "7")
+    words = ("--seeds", "0", "1", "--arms", DEFAULT, "muon", "4 steps", "--", "--max_train_steps", "7")
     first = ablation(tmp_path, *words)
     table = first.all()
     trained = [call for call in first.run.calls if call[0] == "common.tools.train"]
     assert len(trained) == 4 and all("--max_train_steps" in call for call in trained)
-    assert [call[-2:] for call in trained if "adamw" in call] == [["--optimizer", "adamw"]] * 2
+    assert [call[-2:] for call in trained if "muon" in call] == [["--optimizer", "muon"]] * 2
     measured = [call for call in first.run.calls if call[0] == "common.tools.evaluate"]
     four = [call for call in measured if "--num_inference_steps" in call]
     assert len(measured) == 6 and len(four) == 2 and all("/default/" in call[2] for call in four)
