@@ -12,7 +12,6 @@ import asyncio
 import io
 import json
 import logging
-import math
 import queue
 import threading
 import time
@@ -45,9 +44,8 @@ def percentiles(values: list[float]) -> dict[str, float] | None:
     """Median, p90, p99 and maximum, each one of `values` (the smallest that is no less than so many of them)."""
     if not values:
         return None
-    ranked = sorted(values)
-    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return {name: round(ranked[math.ceil(share * len(ranked)) - 1], 2) for name, share in shares.items()}
+    found = np.percentile(values, [50, 90, 99, 100], method="inverted_cdf")
+    return {name: round(float(value), 2) for name, value in zip(("p50", "p90", "p99", "max"), found, strict=True)}
 
 
 class VideoSink:

@@ -27,12 +27,6 @@ def test_benchmark_of_a_streaming_model(run_program, tiny_models, tmp_path, stag
     assert f"2 × {figures['fps']:.1f} frames a second of 48×32" in said
 
 
-def test_percentiles():
-    values = [float(value) for value in range(100, 0, -1)]
-    assert [benchmark.percentile(values, share) for share in (0, 0.5, 0.99, 1)] == [1, 50, 99, 100]
-    assert benchmark.percentile([7.0], 0.99) == 7
-
-
 @pytest.mark.parametrize(
     "words, told",
     [
