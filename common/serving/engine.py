@@ -207,7 +207,7 @@ class Engine:
             number = self.stream_number
             self._start, self._history = start, History(self.info, start)
             history = self._history
-        self._show("loading", 0.6, "starting a new world", prompt=start.prompt)
+        self._show("loading", 0.95, "starting a new world", prompt=start.prompt)
         prompts = {text: self._model.encode(text) for text in {start.prompt, *self._replayed_prompts(start)}}
         stream = self._model.open(start, prompts[start.prompt], self._read_signal)
         was_replaying = history.is_replaying

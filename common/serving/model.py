@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.cogvideox.compilation import compile_blocks
 from common.cogvideox.loading import device_and_dtype, load_streaming_scheduler, picture_size
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import load_component, read_model_index
@@ -142,9 +143,19 @@ class WorldModel:
         )
         progress(0.5, f"moving the model to {device.type}")
         pipeline = pipeline.to(device)
+        model = cls(pipeline, options, info)
         if options.compile:
-            pipeline.transformer.compile()
-        return cls(pipeline, options, info)
+            compile_blocks(pipeline.transformer)
+            model._warm_up(progress)
+        return model
+
+    def _warm_up(self, progress: Progress) -> None:
+        """Runs a stream far enough to meet, and so compile, all that any stream calls."""
+        progress(0.55, "compiling the model; the first start takes a minute or two")
+        stream = self.open(Start(prompt="", seed=0), self.encode(""), lambda: NULL_SIGNAL)
+        for share in (0.8, 0.9):
+            next(stream)
+            progress(share, "compiling the model")
 
     @torch.no_grad()
     def encode(self, prompt: str) -> TextEmbeds:

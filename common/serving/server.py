@@ -42,7 +42,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser)
     parser.add_argument("--threads", type=COUNT, help="CPU threads; by default PyTorch's choice")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile for the transformer; starts minutes later"
+        "--compile", action="store_true", help="compile the transformer; the first start takes a minute or two longer"
     )
     parser.add_argument("--frames_per_group", type=COUNT, default=1, help="latent frames per shift; 1 reacts fastest")
     parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; by default none")

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from common.cogvideox.autoencoder import to_uint8
+from common.cogvideox.compilation import compile_blocks
 from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.streaming import VideoStream
@@ -136,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     add_place_options(parser)
     parser.add_argument("--threads", type=COUNT, help="CPU threads; by default PyTorch's choice")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile for the transformer; first chunks take minutes"
+        "--compile", action="store_true", help="compile the transformer; the first chunks take a minute or two"
     )
     parser.add_argument("--seed", type=int, default=42, help="of everything that is drawn")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="JSON file to write")
@@ -154,7 +155,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     scheduler = load_scheduler(args)
     pipeline = load_pipeline(CogVideoXStreamingPipeline, args, scheduler=scheduler)
     if args.compile:
-        pipeline.transformer.compile()
+        compile_blocks(pipeline.transformer)
     stream = pipeline.stream(
         [args.prompt] * args.batch_size,
         num_inference_steps=args.num_inference_steps,

@@ -13,6 +13,7 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from common.cogvideox import noise_schedule
+from common.cogvideox.compilation import compile_blocks
 from common.cogvideox.loading import pixels_per_latent
 from common.cogvideox.pipeline_io import (
     component_config,
@@ -29,21 +30,8 @@ from common.training.objective import Objective
 
 TRAIN_TIMESTEPS = 1000  # T of every CogVideoX scheduler; a base with another is refused
 
-MAX_COMPILED_KINDS = 64  # of calls of a block
-
 # Where the held-out loss is measured: the middle of each quarter of the T timesteps, so that a curve means something.
 VALIDATION_TIMESTEPS = (125, 375, 625, 875)
-
-
-def compile_blocks(transformer: nn.Module) -> None:
-    """Compiles each block by itself: they are alike, so one is compiled and the others reuse it.
-
-    Once for every kind of call: window length, dtype, with or without gradient, training or validation batch; that may
-    be more often than torch allows unasked.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_KINDS)
-    for block in (*transformer.transformer_blocks, *getattr(transformer, "control_blocks", ())):
-        block.compile(fullgraph=True, dynamic=False)
 
 
 class CogVideoXObjective(Objective):

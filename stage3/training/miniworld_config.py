@@ -32,8 +32,7 @@ args.control_dropout = 0.1  # float: share of samples trained with the null sign
 # --- optimisation
 args.train_batch_size = 4  # int: samples per step
 args.max_train_steps = 200  # int: optimizer steps of the whole run
-args.learning_rate = 1e-3  # float: peak learning rate of AdamW
-args.lr_scheduler = "cosine"  # str: and falls to zero
+args.learning_rate = 5e-4  # float: peak learning rate of AdamW
 args.lr_warmup_steps = 10  # int: optimizer steps over which it rises from zero
 args.mixed_precision = "no"  # str: all float32
 args.gradient_checkpointing = False  # bool: there is memory enough

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.cogvideox.compilation import compile_blocks
 from common.cogvideox.guidance import guidance_branches, guidance_scale_embedding
 from common.cogvideox.noise_schedule import CLEAN, ddim_step, mix_noise, predict_x0
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
@@ -28,7 +29,7 @@ from common.cogvideox.pipeline_io import component_config, write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
-from common.training.cogvideox_objective import TRAIN_TIMESTEPS, compile_blocks
+from common.training.cogvideox_objective import TRAIN_TIMESTEPS
 from common.training.controlled_objective import StreamingObjective, StreamingSettings
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
