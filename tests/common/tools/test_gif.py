@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from common.config.errors import UserError
 from common.data.video_writer import write_video
 from common.tools import gif
 
@@ -64,6 +65,6 @@ def test_a_video_without_signals_has_no_keys(drive, tmp_path, monkeypatch):
 )
 def test_says_what_is_wrong(drive, tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Exception, match=told):
+    with pytest.raises(UserError, match=told):
         run(monkeypatch, drive, *words)
     assert not (tmp_path / "x.gif").exists()
