@@ -8,7 +8,8 @@
 #   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=6000 STAGE2_STEPS=15000 STAGE3_STEPS=22000 STAGE4_STEPS=8500
 #   BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding) GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
-# On one H200 a step takes 15 ms for the base, 11, 13, 17 and 26 ms in stages 1 to 4: half an hour in all.
+# On one H200 a step takes 15 ms for the base, 11, 13, 17 and 26 ms in stages 1 to 4: half an hour of
+# training by these times and the VAE's. The script as a whole has not run on a GPU yet.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
