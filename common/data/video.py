@@ -20,6 +20,7 @@ from common.config.errors import UserError, one_line
 
 # Time stamps are rounded to the container's time base (1/90000 s and coarser, decord keeps float32).
 TIME_TOLERANCE = 1e-3
+NARROWEST = 64  # pixels; of H.264 that is narrower decord takes the padding of rows for a fourth colour
 
 
 class ClipError(UserError):
@@ -89,8 +90,9 @@ class Video:
         try:
             return self._reader.get_batch(frames).asnumpy()
         except Exception as error:
-            if "size must exactly match" in str(error):  # decord takes the padding of short rows for a fourth colour
-                raise UnreadableVideo(f"{self.path}: decord cannot read pictures narrower than 64 pixels") from error
+            if "size must exactly match" in str(error):
+                what = f"decord cannot read pictures narrower than {NARROWEST} pixels"
+                raise UnreadableVideo(f"{self.path}: {what}") from error
             damage = one_line(error)[-80:]
             raise UnreadableVideo(f"{self.path}: cannot be decoded, it is truncated or damaged ({damage})") from error
 

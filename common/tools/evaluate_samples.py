@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from common.config.files import replace_text
+from common.data.video import NARROWEST
 from common.data.video_writer import write_video
 from common.tools.contact_sheet import make_contact_sheet
 from data.miniworld.heldout import Scene
 from data.miniworld.simulator import FPS
 
 SHOWN = 2  # scenes
-NARROWEST = 64  # pixels; decord reads no narrower video
 VARIANTS = ("clips", "streams")
 
 
