@@ -19,27 +19,26 @@ import ctypes
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
+from common.cogvideox.loading import device_and_dtype
 from common.config.command_line import ArgumentParser, not_negative_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.config.files import replacing
 from common.config.settings import VAE_TIME_FACTOR
 from common.data.index import ClipRecord, read_index
-from common.data.video import ClipError, ClipTooShort, Video
 from common.training.encoding import encode_prompts
 from common.training.muon import MuonAdamW
 from data.miniworld import base_text, base_transformer, base_vae
 from data.miniworld.base_training import Budget, Workplace, fit
+from data.miniworld.clips import decode_clips
 
 OUT_OF_MEMORY_HELP = (
     "out of memory: lower --vae_batch_size, --vae_image_batch_size, --transformer_batch_size, --max_clips"
@@ -52,24 +51,6 @@ def read_records(index: Path, args: argparse.Namespace) -> list[ClipRecord]:
     if len(records) <= args.num_heldout:
         raise UserError(f"{index} has {len(records)} clips; --num_heldout {args.num_heldout} leaves none to train on")
     return records
-
-
-def read_clip_pixels(record: ClipRecord, num_frames: int, height: int, width: int) -> Tensor:
-    """uint8 [n, 3, h, w]; a UserError names the index entry of a clip that is unreadable or too short."""
-    try:
-        video = Video(record.path)
-        if len(video) < num_frames:
-            raise ClipTooShort(f"{record.path}: {len(video)} frames; --num_frames {num_frames} need a longer clip")
-        return video.read(np.arange(len(video)), height, width)
-    except ClipError as error:
-        raise UserError(f"index entry {record.entry}: {error}") from error
-
-
-def read_clips(records: list[ClipRecord], num_frames: int, height: int, width: int) -> list[Tensor]:
-    """Every clip, decoded once and kept in memory (about 2 MB a clip of six seconds)."""
-    read = partial(read_clip_pixels, num_frames=num_frames, height=height, width=width)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(read, records), total=len(records), desc="decoding clips", unit="clip"))
 
 
 def make_text(place: Workplace, captions: list[str], seed: int) -> tuple[T5Tokenizer, T5EncoderModel]:
@@ -193,8 +174,8 @@ def make_base(args: argparse.Namespace) -> Path:
         print(f"{args.output_dir} is complete; nothing to do")
         return args.output_dir
     tokenizer, text_encoder = make_text(place, [record.caption for record in records + further], args.seed)
-    clips, further_clips = (
-        [clip.to(args.device) for clip in read_clips(part, args.num_frames, args.height, args.width)]
+    clips, further_clips = (  # decoded once and kept in memory: about 2 MB a clip of six seconds
+        [clip.to(args.device) for clip in decode_clips(part, args.num_frames, args.height, args.width)]
         for part in (records, further)
     )
     vae = make_vae(place, clips, further_clips, args)
@@ -223,10 +204,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--vae_channels {args.vae_channels}: give three or four multiples of 8, one a resolution")
     if 2 ** (len(args.vae_channels) - 1) * args.patch_size not in (8, 16):
         raise UserError(f"--patch_size {args.patch_size}: a patch has to cover 8 or 16 pixels")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from error
+    device_and_dtype(args.device, None)
     refuse_unwritable(args.output_dir, "--output_dir")
 
 

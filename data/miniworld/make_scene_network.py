@@ -23,16 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.data.index import ClipRecord, read_index
-from common.data.video import ClipError, Video
 from common.evaluation.degradations import degrade
 from common.evaluation.scene_network import DEGRADATIONS, SceneNetwork, cut_segments
 from data.miniworld.base_training import Batch, Budget, fit
 from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS
+from data.miniworld.clips import decode_clips
 
 LABELS = {"biome": BIOME_WORDS, "weather": WEATHER_WORDS, "color": {color: [f"{color} car"] for color in COLORS}}
 MOTION_WEIGHT, DEGRADATION_WEIGHT = 2.0, 6.0
@@ -73,27 +72,25 @@ def read_truth(record: ClipRecord) -> np.ndarray:
 
 def read_clips(records: list[ClipRecord], network: SceneNetwork) -> Clips:
     """Decodes all clips, at the network's size, with what is known of them."""
-    frames, motion = [], []
+    motion = []
     labels: dict[str, list[int]] = {kind: [] for kind in LABELS}
-    for record in tqdm(records, desc="decoding clips", unit="clip"):
+    for record in records:
         named = network.labels_of_caption(record.caption)
         if missing := set(LABELS) - set(named):
             raise UserError(f"index entry {record.entry}: the caption names no {' and no '.join(sorted(missing))}")
         for kind, value in named.items():
             labels[kind].append(network.label_values(kind).index(value))
-        try:
-            video = Video(record.path)
-            pictures = video.read(np.arange(len(video)), network.config.height, network.config.width)
-        except ClipError as error:
-            raise UserError(f"index entry {record.entry}: {error}") from error
-        frames.append(pictures.permute(0, 2, 3, 1).contiguous())
         motion.append(torch.from_numpy(read_truth(record)))
-        if not len(frames[-1]) == len(motion[-1]) == len(frames[0]) >= network.config.num_frames:
+    config = network.config
+    clips = decode_clips(records, config.num_frames, config.height, config.width)
+    for record, clip, truth in zip(records, clips, motion, strict=True):
+        if not len(clip) == len(truth) == len(clips[0]):
             raise UserError(
-                f"index entry {record.entry}: {len(frames[-1])} frames, truth of {len(motion[-1])}; all clips need the "
-                f"length of the first, {len(frames[0])}, and at least {network.config.num_frames}"
+                f"index entry {record.entry}: {len(clip)} frames, truth of {len(truth)}; all clips need the length of "
+                f"the first, {len(clips[0])}"
             )
-    return Clips(torch.stack(frames), torch.stack(motion), {kind: torch.tensor(v) for kind, v in labels.items()})
+    frames = torch.stack([clip.permute(0, 2, 3, 1) for clip in clips])
+    return Clips(frames, torch.stack(motion), {kind: torch.tensor(v) for kind, v in labels.items()})
 
 
 def mean_motion(motion: Tensor) -> Tensor:
