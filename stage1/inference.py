@@ -8,10 +8,11 @@ import numpy as np
 from diffusers import CogVideoXPipeline
 
 from common.cogvideox.loading import device_and_dtype
+from common.cogvideox.lora import add_lora, find_lora_file
 from common.cogvideox.pipeline_io import load_components, read_model_index
 from common.config.errors import run_cli
 from common.data.video_writer import to_frames
-from common.tools.fuse_lora_weights import add_lora, find_lora_file
+from common.tools.fuse_lora_weights import add_lora_option
 from common.tools.inference import (
     OUT_OF_MEMORY_HELP,
     add_clip_options,
@@ -26,6 +27,7 @@ from common.tools.inference import (
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--lora_path", help="stage 1's output_dir, or a LoRA file")
+    add_lora_option(parser)
     add_clip_options(parser, default="the model's")
     args = parse_arguments(parser)
     read_model_index(args.model_path, expected="CogVideoXPipeline")
@@ -33,7 +35,7 @@ def main() -> None:
     device, dtype = device_and_dtype(args.device, args.dtype)
     pipeline = CogVideoXPipeline(**load_components(args.model_path, dtype))
     if lora_file is not None:
-        add_lora(pipeline.transformer, lora_file)
+        add_lora(pipeline.transformer, lora_file, args.lora_alpha)
     pipeline.to(device)
 
     def make() -> np.ndarray:
