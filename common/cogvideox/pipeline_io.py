@@ -7,9 +7,12 @@ diffusers' `from_pretrained` refuses, so our pipelines load them here.
 
 import importlib
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +103,72 @@ def component_config(directory: Path, name: str, index: dict[str, Any]) -> tuple
 def load_component(
     path: str | Path, name: str, torch_dtype: torch.dtype | None = None, index: dict[str, Any] | None = None
 ) -> Any:
-    """One component of a pipeline directory; modules in eval mode and in `torch_dtype` (float32 by default)."""
+    """One component of a pipeline directory; modules in eval mode and in `torch_dtype` (float32 by default).
+
+    Weights in one safetensors file or in several; a `UserError` names the first keys that are missing, too many, or of
+    another shape than the config says, where diffusers would draw them at random or pass over them.
+    """
     directory = resolve_pipeline_directory(path)
     loaded_class = component_class(directory, name, index or read_model_index(directory))
     arguments = {}
     if issubclass(loaded_class, torch.nn.Module):
         is_transformers = issubclass(loaded_class, transformers.PreTrainedModel)
         arguments["dtype" if is_transformers else "torch_dtype"] = torch_dtype or torch.float32
+        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below, all in one line
     try:
-        component = loaded_class.from_pretrained(directory / name, **arguments)
+        with _without_loading_reports():
+            component = loaded_class.from_pretrained(directory / name, **arguments)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
             f"{directory / name} could not be loaded as {loaded_class.__name__}: {_first_line(error)}"
         ) from error
+    if arguments:
+        component, info = component
+        refuse_other_keys(directory / name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     if isinstance(component, diffusers.AutoencoderKLCogVideoX):
         make_streamable(component)  # diffusers decodes an even number of latents to three frames too many
     return component.eval() if isinstance(component, torch.nn.Module) else component
+
+
+@contextmanager
+def _without_loading_reports() -> Iterator[None]:
+    """diffusers and transformers list differing keys over many lines, and go on; `refuse_other_keys` says it in one."""
+    loggers = [logging.getLogger(f"{name}.modeling_utils") for name in ("diffusers.models", "transformers")]
+
+    def is_error(record: logging.LogRecord) -> bool:  # a filter: at another level transformers reports other things
+        return record.levelno >= logging.ERROR
+
+    try:
+        for logger in loggers:
+            logger.addFilter(is_error)
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_error)
+
+
+def refuse_other_keys(
+    where: Path, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple]
+) -> None:
+    """UserError with the first keys in which weights differ from the model.
+
+    Args:
+        where: the file or folder of the weights.
+        mismatched: (key, shape in the file, shape in the model).
+    """
+    shapes = [f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in sorted(mismatched)]
+    kinds = {"missing": sorted(missing), "not the model's": sorted(unexpected), "of another shape": shapes}
+    told = [
+        f"{len(keys)} keys are {kind} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
+        for kind, keys in kinds.items()
+        if keys
+    ]
+    if told:
+        raise UserError(
+            f"{where}: the weights are not those of the model that config.json describes: {'; '.join(told)}"
+        )
 
 
 def load_components(path: str | Path, torch_dtype: torch.dtype | None = None, **given: Any) -> dict[str, Any]:

@@ -106,3 +106,62 @@ def test_an_index_cannot_name_a_module_outside_the_project(tiny_base, tmp_path):
     (directory / "model_index.json").write_text(json.dumps({**index, "vae": ["os", "system"]}))
     with pytest.raises(UserError, match="unknown library 'os'"):
         load_components(directory)
+
+
+def edit_weights(directory, name, edit, shard_size=None):
+    """Rewrites a component's weights as `edit` leaves them, in shards of `shard_size` if given."""
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
+
+    file = next((directory / name).glob("*.safetensors"))
+    state = edit(load_file(file))
+    file.unlink()
+    pattern = f"{file.stem}{{suffix}}.safetensors"
+    save_torch_state_dict(state, directory / name, filename_pattern=pattern, max_shard_size=shard_size or "5GB")
+
+
+def without(state, word):
+    return {key: value for key, value in state.items() if word not in key}
+
+
+FIRST = "transformer_blocks.0.attn1.norm_k.bias"
+PARTIAL = {
+    "missing": ("transformer", lambda s: without(s, FIRST), rf"1 keys are missing \({FIRST}\)"),
+    "unexpected": ("transformer", lambda s: s | {"x.bias": torch.ones(1)}, r"1 keys are not the model's \(x.bias\)"),
+    "shape": ("transformer", lambda s: s | {FIRST: torch.ones(3)}, rf"of another shape \({FIRST} \[3\], not \[16\]\)"),
+    "many": ("vae", lambda s: without(s, "encoder"), r"keys are missing \(encoder.*, …\)"),
+    "text": ("text_encoder", lambda s: without(s, "wo"), r"missing \(encoder.*wo.weight\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shard_size", [None, "4KB"], ids=["one-file", "sharded"])
+@pytest.mark.parametrize("case", PARTIAL)
+def test_partial_or_foreign_weights_are_refused_with_their_keys(tiny_base, tmp_path, case, shard_size):
+    name, edit, message = PARTIAL[case]
+    directory = tmp_path / "base"
+    shutil.copytree(tiny_base, directory)
+    edit_weights(directory, name, edit, shard_size)
+    with pytest.raises(UserError, match=message) as error:
+        load_component(directory, name)
+    assert str(directory / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder"])
+def test_sharded_weights_load_as_they_were(tiny_base, tmp_path, name):
+    directory = tmp_path / "base"
+    shutil.copytree(tiny_base, directory)
+    edit_weights(directory, name, lambda state: state, "4KB")
+    assert len(list((directory / name).glob("*.safetensors"))) > 2
+    expected = load_component(tiny_base, name).state_dict()
+    for key, value in load_component(directory, name).state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_a_missing_shard_is_refused(tiny_base, tmp_path):
+    directory = tmp_path / "base"
+    shutil.copytree(tiny_base, directory)
+    edit_weights(directory, "transformer", lambda state: state, "4KB")
+    gone = sorted((directory / "transformer").glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=gone.name):
+        load_component(directory, "transformer")
