@@ -210,13 +210,19 @@ def write_pipeline(
 
 
 def replace_directory(target: Path, write: Any) -> None:
-    """Calls `write(path)` on a new directory beside `target`, then puts it in the target's place."""
+    """Calls `write(path)` on a new directory beside `target`, then puts it in the target's place.
+
+    On an error the target stays as it was, and nothing is left beside it.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
+    try:
+        write(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _library_of(component: Any) -> str:
