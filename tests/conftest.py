@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one thread a process, no network, a tiny untrained base model on disk."""
 
 import io
+import json
 import os
 import re
 import runpy
@@ -76,6 +77,33 @@ def make_tiny_components(seed: int = 0, rotary: bool = False) -> dict:
         "transformer": transformer,
         "scheduler": scheduler,
     }
+
+
+def write_tiny_clip(path: Path, dim: int, published_eos: bool = True) -> None:
+    """A random CLIP text encoder with features of `dim` numbers, and its tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "th", "the</w>", "ca", "car</w>"]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
+    (path / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\nc a\nca r</w>\n")
+    CLIPTokenizer.from_pretrained(path, model_max_length=77).save_pretrained(path)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(pieces), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=dim, bos_token_id=len(pieces) - 2, pad_token_id=len(pieces) - 1,
+        eos_token_id=2 if published_eos else len(pieces) - 1,
+    )  # fmt: skip
+    CLIPTextModelWithProjection(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """Directory of a tiny random CLIP text encoder with features of 12 numbers. Read only."""
+    path = tmp_path_factory.mktemp("tiny_clip")
+    write_tiny_clip(path, 12)
+    return path
 
 
 @pytest.fixture(scope="session")

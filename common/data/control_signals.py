@@ -5,6 +5,7 @@ index's `control_signal_seq` is the same with every frame written out. Nothing h
 settings can be checked with it.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,23 @@ def read_control_file(path: str | os.PathLike, tokens: Sequence[str] = CONTROL_T
         raise UserError(f"cannot read the control file {path}: {reason}") from error
     lines = (line.partition("#")[0] for line in text.splitlines())
     return parse_control_string("\n".join(lines), tokens, where=str(path))
+
+
+def read_sentences(path: str | os.PathLike, where: str) -> dict[str, str]:
+    """Signal → the sentence that CLIP is told about it, from a JSON file, in index order.
+
+    `where` names the setting in errors. Raises UserError for an unreadable file or a signal without a sentence.
+    """
+    try:
+        sentences = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} {path} could not be read as JSON: {error}") from error
+    if not isinstance(sentences, dict):
+        raise UserError(f'{where} {path} holds no object; write {{"{CONTROL_TOKENS[0]}": "a sentence", …}}')
+    missing = [token for token in CONTROL_TOKENS if not isinstance(sentences.get(token), str)]
+    if missing:
+        raise UserError(f"{where} {path} has no sentence for {', '.join(missing)}")
+    return {token: sentences[token] for token in CONTROL_TOKENS}
 
 
 def token_indices(names: Sequence[str], tokens: Sequence[str] = CONTROL_TOKENS) -> list[int]:

@@ -4,7 +4,6 @@ Shapes: B batch · F latent frames · C latent channels · H W latent height/wid
 Source: The Matrix, arXiv 2412.03568, section 3.2.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.fields import PathSetting
 from common.config.settings import TrainingSettings
-from common.data.control_signals import CONTROL_TOKENS
+from common.data.control_signals import CONTROL_TOKENS, read_sentences
 from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
 from common.training.controlled_objective import ControlledObjective, check_validation_control
 from common.training.encoding import EncodedBatch
@@ -109,7 +108,7 @@ class ControlObjective(ControlledObjective):
             return ControlVocabulary.orthogonal(list(CONTROL_TOKENS), settings.control_dim)
         sentences = SENTENCES
         if settings.control_sentences_file:
-            sentences = read_sentences(settings.control_sentences_file)
+            sentences = read_sentences(settings.control_sentences_file, "control_sentences_file")
         vocabulary = ControlVocabulary.from_clip(sentences, settings.control_text_encoder)
         if vocabulary.control_dim != settings.control_dim:
             raise SettingError(
@@ -161,15 +160,3 @@ class ControlObjective(ControlledObjective):
             guidance_scale=self.settings.validation_guidance_scale,
             control_guidance_scale=self.settings.validation_control_guidance_scale,
         )
-
-
-def read_sentences(path: str) -> dict[str, str]:
-    """Signal → sentence from a JSON file, in index order."""
-    try:
-        sentences = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"control_sentences_file {path} could not be read as JSON: {error}") from error
-    missing = [token for token in CONTROL_TOKENS if token not in sentences]
-    if missing:
-        raise UserError(f"control_sentences_file {path} has no sentence for {', '.join(missing)}")
-    return {token: sentences[token] for token in CONTROL_TOKENS}

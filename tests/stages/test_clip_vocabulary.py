@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.cogvideox.control_adapter import ControlVocabulary
 from common.config.errors import UserError
 from common.data.control_signals import CONTROL_TOKENS
 from stage2.training.control import SENTENCES, ControlSettings
+from tests.conftest import write_tiny_clip
 
 DIM = 12
 
@@ -19,19 +20,7 @@ DIM = 12
 def clip(request, tmp_path_factory) -> Path:
     """A tiny random CLIP text encoder. `eos_token_id` is 2 in published configs, which stands for the highest id."""
     path = tmp_path_factory.mktemp("clip")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "th", "the</w>", "ca", "car</w>"]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    (path / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
-    (path / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\nc a\nca r</w>\n")
-    CLIPTokenizer.from_pretrained(path, model_max_length=77).save_pretrained(path)
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=len(pieces), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=DIM, bos_token_id=len(pieces) - 2, pad_token_id=len(pieces) - 1,
-        eos_token_id=2 if request.param == "published" else len(pieces) - 1,
-    )  # fmt: skip
-    CLIPTextModelWithProjection(config).save_pretrained(path)
+    write_tiny_clip(path, DIM, published_eos=request.param == "published")
     return path
 
 
