@@ -2,7 +2,8 @@
 
 They are diffusers' CogVideoX schedulers: with one timestep for everything they do what those do, bit for bit, and their
 config also holds the window that a stream is made of (`num_noise_groups`, `frames_per_group`). What the three share is
-in window_scheduler.py, the arithmetic in noise_schedule.py, as pure functions that training uses too.
+in window_scheduler.py, the arithmetic in noise_schedule.py, as pure functions that training uses too. They pass
+diffusers its arguments by keyword: what comes by position `from_config` takes for a default, and forgets.
 
 Shapes: B batch, F latent frames, G noise groups, W frames per group, T train timesteps, N inference steps.
 """
@@ -76,9 +77,11 @@ class CogVideoXSwinDPMScheduler(SwinSchedulerMixin, CogVideoXDPMScheduler):
         carry_solver_history: bool = False,
     ):
         super().__init__(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample,
-            set_alpha_to_one, steps_offset, prediction_type, clip_sample_range, sample_max_value, timestep_spacing,
-            rescale_betas_zero_snr, snr_shift_scale,
+            num_train_timesteps=num_train_timesteps, beta_start=beta_start, beta_end=beta_end,
+            beta_schedule=beta_schedule, trained_betas=trained_betas, clip_sample=clip_sample,
+            set_alpha_to_one=set_alpha_to_one, steps_offset=steps_offset, prediction_type=prediction_type,
+            clip_sample_range=clip_sample_range, sample_max_value=sample_max_value, timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr, snr_shift_scale=snr_shift_scale,
         )  # fmt: skip
         self._check_window()
 
@@ -157,9 +160,11 @@ class CogVideoXSwinDDIMScheduler(SwinSchedulerMixin, CogVideoXDDIMScheduler):
         condition_timestep: int = CLEAN,
     ):
         super().__init__(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample,
-            set_alpha_to_one, steps_offset, prediction_type, clip_sample_range, sample_max_value, timestep_spacing,
-            rescale_betas_zero_snr, snr_shift_scale,
+            num_train_timesteps=num_train_timesteps, beta_start=beta_start, beta_end=beta_end,
+            beta_schedule=beta_schedule, trained_betas=trained_betas, clip_sample=clip_sample,
+            set_alpha_to_one=set_alpha_to_one, steps_offset=steps_offset, prediction_type=prediction_type,
+            clip_sample_range=clip_sample_range, sample_max_value=sample_max_value, timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr, snr_shift_scale=snr_shift_scale,
         )  # fmt: skip
         self._check_window()
 
@@ -233,9 +238,11 @@ class CogVideoXSwinLCMScheduler(SwinSchedulerMixin, CogVideoXDDIMScheduler):
         guidance_range: list[float] | None = None,
     ):
         super().__init__(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample,
-            set_alpha_to_one, steps_offset, prediction_type, clip_sample_range, sample_max_value, timestep_spacing,
-            rescale_betas_zero_snr, snr_shift_scale,
+            num_train_timesteps=num_train_timesteps, beta_start=beta_start, beta_end=beta_end,
+            beta_schedule=beta_schedule, trained_betas=trained_betas, clip_sample=clip_sample,
+            set_alpha_to_one=set_alpha_to_one, steps_offset=steps_offset, prediction_type=prediction_type,
+            clip_sample_range=clip_sample_range, sample_max_value=sample_max_value, timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr, snr_shift_scale=snr_shift_scale,
         )  # fmt: skip
         self._check_window()
         steps, phases = original_inference_steps, self.num_phases
