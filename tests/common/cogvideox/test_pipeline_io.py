@@ -165,3 +165,14 @@ def test_a_missing_shard_is_refused(tiny_base, tmp_path):
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
         load_component(directory, "transformer")
+
+
+@pytest.mark.parametrize("stored", [["shared.weight", "encoder.embed_tokens.weight"], ["encoder.embed_tokens.weight"]])
+def test_the_second_name_of_t5s_embedding_is_no_foreign_key(tiny_base, tmp_path, stored):
+    """Published text encoders store it under one name or both."""
+    directory = tmp_path / "base"
+    shutil.copytree(tiny_base, directory)
+    embedding = load_component(tiny_base, "text_encoder").shared.weight.detach()
+    names = {name: embedding.clone() for name in stored}
+    edit_weights(directory, "text_encoder", lambda state: without(state, "shared") | names)
+    assert torch.equal(load_component(directory, "text_encoder").encoder.embed_tokens.weight, embedding)
