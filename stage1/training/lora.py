@@ -1,10 +1,11 @@
-"""Stage 1: a LoRA on the attention projections teaches the base model how the game world looks.
+"""Stage 1: a LoRA, by default on the attention projections, teaches the base model how the game world looks.
 
 Shapes: B batch · F latent frames · C latent channels · H W latent height/width.
 Source: LoRA, arXiv 2106.09685; The Matrix, arXiv 2412.03568.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,25 @@ from common.training.cogvideox_objective import VALIDATION_TIMESTEPS, CogVideoXO
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 
-TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass
 class LoraSettings(TrainingSettings):
     """Settings of stage 1."""
 
-    rank: int = 256  # rank of the two factors that are added to each attention projection
+    rank: int = 256  # rank of the two factors that are added to each of the layers below
     lora_alpha: float = 256.0  # the product of the factors is scaled by lora_alpha / rank
+    # ends of the linear layers' names; "ff.net.0.proj" and "ff.net.2" are the feed-forward's, for large changes of look
+    lora_target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_PROJECTIONS))
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
 
     def validate(self) -> None:
         super().validate()
         if self.rank < 1:
             raise SettingError("rank", f"must be 1 or more, got {self.rank}")
+        if not self.lora_target_modules:
+            raise SettingError("lora_target_modules", f"is empty; the usual are {list(ATTENTION_PROJECTIONS)}")
         if self.lora_alpha <= 0:
             raise SettingError("lora_alpha", f"must be more than 0, got {self.lora_alpha}")
 
@@ -51,11 +56,16 @@ class LoraObjective(CogVideoXObjective):
     base_pipeline = "CogVideoXPipeline"
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
+        linear = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+        for target in self.settings.lora_target_modules:
+            if not any(f".{name}".endswith(f".{target}") for name in linear):
+                ends = sorted({re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", name) for name in linear})
+                raise SettingError("lora_target_modules", f"no linear layer ends in {target!r}; there are {ends}")
         config = LoraConfig(
             r=self.settings.rank,
             lora_alpha=self.settings.lora_alpha,
             init_lora_weights=True,  # the second factor zero: training starts from the base
-            target_modules=TARGET_MODULES,
+            target_modules=self.settings.lora_target_modules,
         )
         transformer.add_adapter(config)
         return transformer

@@ -28,8 +28,9 @@ args.latent_cache_dir = ""  # str: directory made by common.tools.precompute; ""
 args.caption_dropout = 0.1  # float: share of samples trained without caption, for guidance
 
 # --- LoRA
-args.rank = 256  # int: rank of the factors added to each attention projection
+args.rank = 256  # int: rank of the factors added to each of the layers below
 args.lora_alpha = 256.0  # float: their product is scaled by lora_alpha / rank
+args.lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # list[str]: layers; "ff.net.0.proj", "ff.net.2" too
 
 # --- optimisation
 args.train_batch_size = 8  # int: samples per GPU and micro-step

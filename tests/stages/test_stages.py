@@ -10,6 +10,7 @@ from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline, CogVid
 from common.cogvideox.pipeline_io import load_component
 from common.config.errors import UserError
 from common.data.loader import build_validation_batch
+from common.tools.fuse_lora_weights import fuse_lora_weights
 from common.tools.precompute import precompute
 from common.training.random import SampleRandom
 from common.training.trainer import Trainer
@@ -102,6 +103,18 @@ def test_stage1_lora_loads_in_plain_diffusers_at_the_trained_strength(tiny_stage
     layer = pipeline.transformer.transformer_blocks[0].attn1.to_q
     assert list(layer.scaling.values()) == [2.0 / 4]  # lora_alpha / rank
     assert CogVideoXPipeline.from_pretrained(tiny_stages.root / "stage1_fused") is not None
+
+
+def test_stage1_trains_the_layers_that_it_is_told_to(tiny_stages, tmp_path):
+    targets = ["--lora_target_modules", "to_v", "ff.net.0.proj", "norm1.linear"]
+    lora = tiny_stages.train(1, tmp_path / "lora", *targets, "--max_train_steps", "2", "--validation_steps", "0")
+    fused = tmp_path / "fused"
+    fuse_lora_weights(str(tiny_stages.base), str(lora), str(fused))
+    before, after = (load_component(path, "transformer").state_dict() for path in (tiny_stages.base, fused))
+    changed = {key.split(".", 2)[2] for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"attn1.to_v.weight", "ff.net.0.proj.weight", "norm1.linear.weight"}
+    with pytest.raises(UserError, match=r"lora_target_modules.*'ff.proj'.*ff.net.0.proj"):
+        tiny_stages.train(1, tmp_path / "none", "--lora_target_modules", "to_v", "ff.proj")
 
 
 def test_stage2_obeys_and_without_control_is_stage_1(tiny_stages):
