@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
+from common.cogvideox.noise_schedule import group_size
 from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
@@ -21,6 +22,8 @@ from common.data.control_signals import CONTROL_TOKENS, parse_control_string
 from common.training.cogvideox_objective import TRAIN_TIMESTEPS, CogVideoXObjective
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
+
+OFFSET_GRID = (3, 4)  # points of the offset noise over the picture's height and width
 
 
 def check_validation_control(settings: TrainingSettings, num_raw_frames: int = 1) -> None:
@@ -48,6 +51,9 @@ class StreamingSettings(TrainingSettings):
     # window is cut at a random latent offset of its clip. [] takes whole clips
     uniform_timestep_share: float = 0.2  # share of samples with one timestep for all frames: a stream's start
     control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
+    live_control_share: float = 0.0  # share of windows that do not know what will be commanded, as while streaming live
+    offset_noise: float = 0.0  # strength of noise that is smooth in space and alike in all frames, the condition
+    # included: the model learns not to copy a deviation, which would grow from shift to shift
 
     def validate(self) -> None:
         super().validate()
@@ -57,7 +63,9 @@ class StreamingSettings(TrainingSettings):
                 f"{self.num_noise_groups} does not divide the {TRAIN_TIMESTEPS} timesteps; use 1, 2, 4, 5, 8 or 10",
             )
         check_validation_control(self)
-        for name in ("uniform_timestep_share", "control_dropout"):
+        if self.offset_noise < 0:
+            raise SettingError("offset_noise", f"must be 0 or more, got {self.offset_noise}")
+        for name in ("uniform_timestep_share", "control_dropout", "live_control_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(name, f"must lie between 0 and 1, got {getattr(self, name)}")
         for frames in self.frame_buckets:
@@ -160,6 +168,40 @@ class StreamingObjective(ControlledObjective):
         return EncodedBatch(
             batch.latents[rows, frames], batch.prompt_embeds, batch.control_indices[rows, frames], batch.sample_ids
         )
+
+    def hide_commands_ahead(self, batch: EncodedBatch, is_window: Tensor, rng: SampleRandom) -> EncodedBatch:
+        """In `live_control_share` of the windows, later groups get the last command of the group that leaves next.
+
+        That is all a live stream knows; see `LiveSignals`. A model that always saw what would be commanded settles
+        a frame's motion before its own command has come.
+
+        Args:
+            is_window: which samples have rising noise, bool [B]; where all frames share a timestep nothing is hidden.
+        """
+        is_live = is_window & rng.bernoulli(self.settings.live_control_share)
+        num_frames = batch.control_indices.shape[1]
+        lowest = group_size(num_frames, self.settings.num_noise_groups)  # the frames 1 … W
+        known = batch.control_indices[:, torch.arange(num_frames, device=self.device).clamp(max=lowest)]
+        return replace(batch, control_indices=torch.where(is_live[:, None], known, batch.control_indices))
+
+    def offset(self, latents: Tensor, noise: Tensor, is_condition: Tensor, rng: SampleRandom) -> tuple[Tensor, Tensor]:
+        """Latents and noise [B,F,C,H,W] as the model is to see them under `offset_noise`; the latents stay the target.
+
+        A stream's mistakes in what does not move (the colour of a far hill) are alike in all frames of a window, so a
+        model that saw only true windows copies them on. Here the condition frame (`is_condition` [B,F]) and the
+        others' noise get one smooth offset, of a strength drawn for each sample, and no target has it. After offset
+        noise (N. Guttenberg, 2023) and the corrupted context frames of GameNGen (arXiv 2408.14837).
+        """
+        if not self.settings.offset_noise:
+            return latents, noise
+        *_, channels, height, width = latents.shape
+        strength = self.settings.offset_noise * rng.uniform((1, 1, 1))
+        coarse = strength * rng.normal((channels, *OFFSET_GRID))  # drawn last: it moves no other draw
+        smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)[
+            :, None
+        ]  # [B,1,C,H,W]
+        is_condition = is_condition[:, :, None, None, None]
+        return latents + smooth * is_condition, noise + smooth * ~is_condition
 
     def num_video_tokens(self, latents: Tensor) -> int:
         return super().num_video_tokens(self.typical_window(latents))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
+from common.config.command_line import ArgumentParser, not_negative_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.config.files import replace_text
 
@@ -64,9 +64,14 @@ ARMS: dict[int, dict[str, Arm]] = {
             "--frame_buckets 33 --window_frames --windows_per_clip 3 --latent_cache_dir {clip_cache}"
         ),
         "condition at t=20": Arm("--condition_timestep 20"),
+        "condition at t=100": Arm("--condition_timestep 100"),
         "no uniform timesteps": Arm("--uniform_timestep_share 0"),
         "half uniform timesteps": Arm("--uniform_timestep_share 0.5"),
         "solver history": Arm("--carry_solver_history True"),
+        "half live control": Arm("--live_control_share 0.5"),
+        "all live control": Arm("--live_control_share 1"),
+        "offset noise .2": Arm("--offset_noise 0.2"),
+        "offset noise .5": Arm("--offset_noise 0.5"),
         "muon": Arm("--optimizer muon"),
         "4 steps": Arm(evaluate="--num_inference_steps 4"),
         **_GUIDANCE,
@@ -82,6 +87,8 @@ ARMS: dict[int, dict[str, Arm]] = {
         "continuous offsets": Arm("--continuous_offsets True"),
         "20 solver steps": Arm("--num_solver_steps 20"),
         "2 phases per group": Arm("--phases_per_group 2"),
+        "half live control": Arm("--live_control_share 0.5"),
+        "offset noise .2": Arm("--offset_noise 0.2"),
     },
 }
 MEASURES = {2: ("control", "frechet"), 3: ("control", "frechet", "latency"), 4: ("control", "frechet", "latency")}
@@ -97,6 +104,9 @@ def figures_of(report: dict[str, Any]) -> dict[str, float]:
     }
     for width, values in sorted(row["measures"].get("latency", {}).items()):
         figures[f"latency {width}"] = values["median"][0] if values["median"][0] is not None else float("nan")
+        figures[f"live F1 {width}"] = values["live_f1"][0]
+    for control, values in sorted(row["measures"].get("drift", {}).items()):
+        figures[f"drift {control}"] = values["last_ratio"][0]  # Fréchet distance at the end ÷ that of minute 1
     return figures
 
 
@@ -145,10 +155,12 @@ class Ablation:
                     "--validation_prompts", *self.args.settings,
                     *(word.format(clip_cache=self.args.clip_cache) for word in change.train.split()),
                 ])  # fmt: skip
+            minutes = self.args.drift_minutes
+            drift = ("drift", "--minutes", f"{minutes:g}", "--num_streams", "24") if minutes else ()
             guided = () if self.args.stage == 4 else ("--control_guidance_scale", CONTROL_GUIDANCE)
             self.run([
                 "common.tools.evaluate", "--model_path", str(trained), "--output_dir", str(report.parent),
-                "--measures", *MEASURES[self.args.stage], "--num_videos", str(self.args.num_videos),
+                "--measures", *MEASURES[self.args.stage], *drift, "--num_videos", str(self.args.num_videos),
                 "--batch_size", str(self.args.num_videos), "--seeds", str(seed), *guided, *change.evaluate.split(),
             ])  # fmt: skip
         return figures_of(json.loads(report.read_text()))
@@ -183,6 +195,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=None, help="some of the stage's arms; by default all")
     parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2], help="of the training runs")
     parser.add_argument("--clip_cache", type=Path, default=None, help="latents of three 33-frame windows a clip")
+    parser.add_argument("--drift_minutes", type=not_negative_number, default=0, help="streams' length; 0: no drift")
     parser.add_argument("--num_videos", type=whole_number(1), default=96, help="measured of each run")
     args = parser.parse_args(words[:cut])
     args.settings = words[cut + 1 :]

@@ -70,6 +70,7 @@ class SwinDPMObjective(StreamingObjective):
         is_uniform = rng.bernoulli(self.settings.uniform_timestep_share)[:, None]  # [B,1]
         timesteps = torch.where(is_uniform, uniform, groups)
         is_condition = ~is_uniform & (torch.arange(num_frames, device=timesteps.device) == 0)  # [B,F]
+        batch = self.hide_commands_ahead(batch, is_condition[:, 0], rng)
 
         error = self._velocity_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
         learnt = (~is_condition).float()
@@ -94,9 +95,10 @@ class SwinDPMObjective(StreamingObjective):
     ) -> Tensor:
         """Error of v per frame [B,F]; that of condition frames means nothing."""
         noise = rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
+        seen, noise = self.offset(batch.latents, noise, is_condition, rng)
         levels = torch.where(is_condition, self.settings.condition_timestep, timesteps)
         told = levels.clamp(min=0)  # the model knows no timestep -1: clean is told as 0
-        noisy = mix_noise(batch.latents, noise, levels, self.alphas)
+        noisy = mix_noise(seen, noise, levels, self.alphas)
         prediction = self.predict(self.module, noisy, told, batch.prompt_embeds, rows)
         return self.velocity_error(prediction, batch.latents, noise, told)
 

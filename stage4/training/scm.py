@@ -128,6 +128,7 @@ class SCMObjective(StreamingObjective):
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.cut_window(batch, rng)
         timesteps, is_condition = self._sample_timesteps(batch.latents.shape[1], rng)  # [B,F]
+        batch = self.hide_commands_ahead(batch, is_condition[:, 0], rng)
         error = self._consistency_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
         learnt = (~is_condition).float()
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
@@ -166,10 +167,11 @@ class SCMObjective(StreamingObjective):
         lowest group dominates this mean.
         """
         noise = rng.normal(batch.latents.shape[1:])
-        noisy = mix_noise(batch.latents, noise, timesteps, self.alphas)  # x_t
+        scale, more = self._draw_guidance(rng)
+        seen, noise = self.offset(batch.latents, noise, is_condition, rng)
+        noisy = mix_noise(seen, noise, timesteps, self.alphas)  # x_t
         boundary = self._lower(timesteps, is_condition, self.student_scheduler.phase_boundary)  # b(t)
         solver = self._lower(timesteps, is_condition, self.student_scheduler.solver_timestep)  # s
-        scale, more = self._draw_guidance(rng)
 
         with torch.no_grad():
             teacher_x0 = self._teacher_x0(noisy, timesteps, batch.prompt_embeds, control_embeds, scale)

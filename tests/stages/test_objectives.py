@@ -8,6 +8,7 @@ import torch
 
 from common.cogvideox import noise_schedule
 from common.cogvideox.noise_schedule import CLEAN
+from common.cogvideox.signal_sources import LiveSignals
 from common.config.errors import UserError
 from common.config.loader import load_settings
 from common.training.encoding import EncodedBatch
@@ -64,6 +65,59 @@ def test_stage3_has_no_loss_when_the_answer_is_known_and_forgives_the_condition_
     for share, loss in (("0", 0), ("1", 1 / F)):  # where all frames share a timestep, frame 0 is learnt like any
         objective.settings.uniform_timestep_share = float(share)
         assert objective.loss(batch, SampleRandom(0, 0, range(B)))[0].item() == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [3, 4])
+def test_windows_of_a_live_stream_know_no_command_ahead(stage, tiny_models, batch, monkeypatch):
+    options = ["--control_dropout", "0", "--uniform_timestep_share", "0.5", "--live_control_share", "0.5"]
+    objective = load(stage, tiny_models / f"stage{stage - 1}", *options)
+    source = LiveSignals(lambda: next(presses), objective.vocabulary)
+    seen = []
+
+    def predict(module, noisy, timesteps, prompt_embeds, control_embeds):
+        seen.append((timesteps, control_embeds))
+        return torch.zeros_like(noisy)
+
+    monkeypatch.setattr(objective, "predict", predict)
+    counts = {"live": 0, "ahead": 0, "uniform": 0}
+    for step in range(8):
+        objective.loss(batch, SampleRandom(0, step, range(B)))
+        timesteps, rows = seen[-1]
+        for b, signals in enumerate(batch.control_indices.tolist()):
+            presses = iter([signals[0], signals[2]])  # frames 1 and 2 leave next; then their command is the newest
+            source.window(0, F)
+            live = [signals[0], signals[1], *source.window(1, F)[2:]]
+            is_uniform = (timesteps[b] == timesteps[b, 0]).all()
+            told = [name for name, row in (("live", live), ("ahead", signals))
+                    if torch.equal(rows[b], objective.vocabulary.embed(torch.tensor(row)))]  # fmt: skip
+            assert len(told) == 1 and (told == ["ahead"] or not is_uniform)
+            counts["uniform" if is_uniform else told[0]] += 1
+    assert min(counts.values()) > 0.15 * 8 * B and sum(counts.values()) == 8 * B
+
+
+@pytest.mark.parametrize("stage", [3, 4])
+def test_offset_noise_is_one_smooth_picture_in_all_frames_and_not_in_the_target(stage, tiny_models, batch, monkeypatch):
+    objective = load(stage, tiny_models / f"stage{stage - 1}", "--uniform_timestep_share", "0")
+    seen = []
+
+    def predict(module, noisy, timesteps, *arguments, **more):
+        seen.append((noisy, timesteps))
+        return knows(objective, batch.latents)(module, noisy, timesteps, *arguments, **more)
+
+    monkeypatch.setattr(objective, "predict", predict)
+    for strength in (0.0, 0.5):
+        objective.settings.offset_noise = strength
+        assert objective.loss(batch, SampleRandom(0, 0, range(B)))[0] < 1e-6
+    (plain, timesteps), (shifted, _) = seen[0], seen[len(seen) // 2]
+    difference = (shifted - plain).double()
+    picture = difference[:, :1]  # of the condition frame, which is clean
+    sigma = (1 - objective.alphas[timesteps[:, 1:]]).sqrt()
+    expected = picture * noise_schedule.broadcast_to_sample(sigma, difference)
+    torch.testing.assert_close(difference[:, 1:], expected.double(), atol=1e-6, rtol=1e-4)
+    strengths = picture.std(dim=(1, 2, 3, 4))
+    assert strengths.max() < 0.6 and strengths.unique().numel() == B
+    line = picture[:, 0, :, [0, 1, 2, 3]]  # of four latents a picture's height, under three points
+    assert picture.std() > 0.05 and (line[:, :, 1:] - line[:, :, :-1]).std() < 0.7 * 2**0.5 * picture.std()
 
 
 def test_stage3_tells_the_model_rising_noise_behind_a_clean_frame(tiny_models, batch, monkeypatch):

@@ -41,7 +41,8 @@ class Programs:
         measures = {
             "control": {"streams": {"macro_f1": [f1, 0, 1]}},
             "frechet": {"streams": {"distance": [3.0, 2, 4]}},
-            "latency": {"w2": {"median": [8.0, 8, 8]}},
+            "latency": {"w2": {"median": [8.0, 8, 8], "live_f1": [f1 - 0.1, 0, 1]}},
+            "drift": {"straight": {"last_ratio": [2.5, 2, 3]}},
         }
         rows = [{"kind": "true", "measures": {}}, {"kind": "model", "measures": measures}]
         (folder / "report.json").write_text(json.dumps({"rows": rows}))
@@ -68,6 +69,13 @@ def test_runs_each_arm_once_and_sampling_alone_on_the_defaults_weights(tmp_path)
     again = ablation(tmp_path, *words)
     assert again.all() == table and not again.run.calls
     assert (tmp_path / "ablation.md").read_text() == table
+
+
+def test_drift_is_measured_when_minutes_are_given(tmp_path):
+    run = ablation(tmp_path, "--seeds", "0", "--arms", DEFAULT, "--drift_minutes", "5")
+    assert "| drift straight |" in run.all()
+    words = " ".join(run.run.calls[-1])
+    assert "--measures control frechet latency drift --minutes 5 " in words
 
 
 def test_table_marks_what_the_seeds_tell_apart():
