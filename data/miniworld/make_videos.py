@@ -37,7 +37,9 @@ from data.miniworld.render import render
 from data.miniworld.simulator import FPS, random_signals, simulate
 from data.miniworld.views import WORLDS
 
-DRAWING_VERSION = 1  # raise it when the same seed draws something else: kept clips are then drawn again
+# Raise one when the same seed draws something else: kept clips are then drawn again.
+DRAWING_VERSION = 1  # of everything
+BROAD_VERSION = 3  # of the broad world's views
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class ClipJob:
         """Kept in the truth file: a clip whose stamp differs was made with other settings."""
         settings = [DRAWING_VERSION, self.seed, self.number, self.num_frames, self.height, self.width]
         # The game has no number here: clips from before there was another world stay what they are.
-        return np.array(settings + ([WORLDS.index(self.world)] if self.world != "game" else []))
+        return np.array(settings + ([WORLDS.index(self.world), BROAD_VERSION] if self.world != "game" else []))
 
     def is_complete(self) -> bool:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import json
 import os
 import shutil
 from pathlib import Path
@@ -27,7 +28,12 @@ LARGEST_FILE = 16_000_000  # bytes
 
 
 def pack_file(source: Path, target: Path) -> None:
-    """A copy of one file; of a safetensors file one in float16, with the same metadata."""
+    """A copy of one file: weights in float16, with the same metadata; a config without its origin."""
+    if source.suffix == ".json":
+        content = json.loads(source.read_text())
+        if content.pop("_name_or_path", None):  # where it was loaded from, on the machine that trained it
+            target.write_text(json.dumps(content, indent=2) + "\n")
+            return
     if source.suffix != ".safetensors":
         shutil.copyfile(source, target)
         return

@@ -1,9 +1,9 @@
 """How a scene is seen and built: the camera, the roads, the vehicle and the grading of the colours.
 
 The game world has one view, `GAME`, whose values are the defaults below. The broad world, from which a base model
-learns before it is fine-tuned to the game, draws one for every clip, from wide ranges. In a third of its clips the
-camera is about where the game has it, behind the vehicle: how a road and its kerbs come nearer is more than stage 1's
-few parameters, or stage 2's, could learn beside the game's look.
+learns before it is fine-tuned to the game, draws one for every clip, from wide ranges. In most of its clips the camera
+is about where the game has it, behind the vehicle: how a road and its kerbs come nearer is more than stage 1's few
+parameters, or stage 2's, could learn beside the game's look.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from data.miniworld.simulator import ROAD_HALF_WIDTH, ROAD_SPACING
 
 WORLDS = ("game", "broad")
-NEAR_SHARE = 0.35  # of broad's views: those with the camera about where the game has it
+NEAR_SHARE = 0.8  # of broad's views: those with the camera about where the game has it
 VEHICLES = ("car", "coupe", "van", "truck", "buggy")  # what broad draws from; car.py has their shapes
 
 Gain = tuple[float, float, float]  # factors of red, green and blue

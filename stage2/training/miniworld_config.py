@@ -26,8 +26,8 @@ args.max_sequence_length = 64  # int: text tokens, as the mini base was made wit
 
 # --- control adapter
 args.control_dim = 64  # int: width of a signal's row in the fixed orthogonal table (no CLIP needed)
-args.control_start_layer = 3  # int: the first layer that a control block follows
-args.control_end_layer = 7  # int: one past the last
+args.control_start_layer = 0  # int: the first layer that a control block follows
+args.control_end_layer = 6  # int: one past the last
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
 
 # --- optimisation

@@ -1,5 +1,8 @@
 """What is shipped: complete pipeline directories in half precision, nothing twice."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
@@ -15,11 +18,16 @@ def packed(output_dir, *pipelines):
 
 
 def test_packed_pipelines_load_and_share_what_is_equal(tiny_models, tiny_base, tmp_path):
-    size = packed(tmp_path, f"base={tiny_base}", f"stage3={tiny_models / 'stage3'}")
+    source = shutil.copytree(tiny_base, tmp_path / "source")
+    config = source / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": "somewhere/else"}))
+    tmp_path /= "packed"
+    size = packed(tmp_path, f"base={source}", f"stage3={tiny_models / 'stage3'}")
     assert (tmp_path / "stage3" / "vae").readlink().as_posix() == "../base/vae"
     assert not (tmp_path / "stage3" / "transformer").is_symlink()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert size == sum({path.resolve(): path.stat().st_size for path in files}.values())
+    assert not any("_name_or_path" in path.read_text() for path in tmp_path.rglob("*.json"))
     plain = CogVideoXPipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
     assert next(plain.transformer.parameters()).dtype == torch.float32
     ours = CogVideoXStreamingPipeline.from_pretrained(tmp_path / "stage3", torch_dtype=torch.float32)

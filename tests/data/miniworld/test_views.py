@@ -68,7 +68,7 @@ def test_broad_is_far_from_the_game_and_the_game_near_itself():
         return np.square(a.mean(0) - b.mean(0)).mean() + np.square(a.std(0) - b.std(0)).mean()
 
     game = features("game", 0)
-    assert distance(game, features("broad", 300)) > 4 * distance(game, features("game", 100, places=1))
+    assert distance(game, features("broad", 300)) > 3 * distance(game, features("game", 100, places=1))
 
 
 @pytest.mark.parametrize("size", [(64, 96), (32, 48)])
@@ -82,12 +82,12 @@ def test_the_vehicle_is_in_every_picture(size):
     assert {view.vehicle for view in VIEWS} == set(VEHICLES) == set(SHAPES)
 
 
-def test_a_third_of_the_cameras_are_where_the_game_has_its_own():
+def test_most_cameras_are_where_the_game_has_its_own():
     def near(view):
         pairs = ((view.height, 2.7, 0.4), (view.distance, 6.0, 0.4), (view.focal, 0.68, 0.3))
         return abs(view.horizon - 0.41) < 0.1 and all(abs(np.log(a / b)) < tolerance for a, b, tolerance in pairs)
 
-    assert near(GAME) and 0.25 < sum(near(view) for view in VIEWS) / len(VIEWS) < 0.45
+    assert near(GAME) and 0.65 < sum(near(view) for view in VIEWS) / len(VIEWS) < 0.9
     assert GAME not in VIEWS and sum(view.road_half_width * view.kerb_width > 0 for view in VIEWS) > 0.4 * len(VIEWS)
 
 
