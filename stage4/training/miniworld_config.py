@@ -41,17 +41,17 @@ args.ema_decay = 0.95  # float: decay per step of the target's weights, which ar
 
 # --- optimisation
 args.train_batch_size = 4  # int: samples per step
-args.max_train_steps = 100  # int: optimizer steps of the whole run
+args.max_train_steps = 30  # int: optimizer steps of the whole run
 args.learning_rate = 2e-4  # float: peak learning rate of AdamW
-args.lr_warmup_steps = 10  # int: optimizer steps over which it rises from zero
+args.lr_warmup_steps = 5  # int: optimizer steps over which it rises from zero
 args.mixed_precision = "no"  # str: all float32
 args.gradient_checkpointing = False  # bool: there is memory enough
 
 # --- checkpoints, logs, validation
-args.checkpointing_steps = 50  # int: optimizer steps between checkpoints
+args.checkpointing_steps = 20  # int: optimizer steps between checkpoints
 args.checkpoints_total_limit = 1  # int | None: how many checkpoints are kept
 args.logging_steps = 10  # int: optimizer steps between log lines
-args.validation_steps = 100  # int: held-out loss at the start and the end, sample videos at the end
+args.validation_steps = 30  # int: held-out loss at the start and the end, sample videos at the end
 args.validation_prompts = [  # list[str]: one sample video each
     "A red car drives through a wide sandy desert with red mesas under a clear sky. Striped kerbs line the road.",
 ]
