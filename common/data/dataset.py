@@ -128,8 +128,9 @@ class ClipDataset(Dataset):
         raw_frames = sample.pop("raw_frames")
         sample["sample_id"] = f"{record.name}@{int(raw_frames[0])}"
         if self.needs_control:
-            signals = record.control_at(raw_frames[::VAE_TIME_FACTOR])
-            sample["control_indices"] = torch.tensor(signals, dtype=torch.int64)  # [F]
+            signals = torch.tensor(record.control_at(raw_frames), dtype=torch.int64)  # [N]
+            first = signals[:1].expand(VAE_TIME_FACTOR)  # latent frame 0 is of one raw frame
+            sample["control_indices"] = torch.cat([first, signals[1:]]).unflatten(0, (-1, VAE_TIME_FACTOR))  # [F, 4]
         return sample
 
     def note(self, index: int, bucket_index: int, error: ClipError | None = None) -> None:

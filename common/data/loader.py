@@ -2,8 +2,8 @@
 
 A batch is a dict. On-the-fly: `pixel_values` uint8 [B, N, 3, h, w]. From a latent cache: `latent_moments`
 float32 [B, F, 2C, H, W] and `prompt_embeds` [B, L, D]. Always: `captions` and `sample_ids` (lists), `slots`
-int64 [B] (place in the global batch); with control `control_indices` int64 [B, F], in the order of
-CONTROL_TOKENS.
+int64 [B] (place in the global batch); with control `control_indices` int64 [B, F, 4], the signals of
+the raw frames under each latent frame, in the order of CONTROL_TOKENS.
 """
 
 import os

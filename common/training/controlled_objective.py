@@ -43,14 +43,28 @@ def check_validation_control(settings: TrainingSettings, num_raw_frames: int = 1
 
 
 @dataclass
-class StreamingSettings(TrainingSettings):
+class ControlledSettings(TrainingSettings):
+    """Settings of the stages that obey control signals."""
+
+    control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
+    control_label: str = "mean"  # of a latent frame: the mean row of its four raw frames, or that of the "last"
+
+    def validate(self) -> None:
+        super().validate()
+        if not 0 <= self.control_dropout <= 1:
+            raise SettingError("control_dropout", f"must lie between 0 and 1, got {self.control_dropout}")
+        if self.control_label not in ("mean", "last"):
+            raise SettingError("control_label", f"{self.control_label!r} is not one of 'mean', 'last'")
+
+
+@dataclass
+class StreamingSettings(ControlledSettings):
     """Settings of the stages that train on a sliding window."""
 
     num_noise_groups: int = 4  # G: a window is one condition frame and G groups of rising noise
     window_frames: list[int] = field(default_factory=list)  # raw frames of a window, one length drawn a step; each
     # window is cut at a random latent offset of its clip. [] takes whole clips
     uniform_timestep_share: float = 0.2  # share of samples with one timestep for all frames: a stream's start
-    control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
     live_control_share: float = 0.0  # share of windows that do not know what will be commanded, as while streaming live
     offset_noise: float = 0.0  # strength of noise that is smooth in space and alike in all frames, the condition
     # included: the model learns not to copy a deviation, which would grow from shift to shift
@@ -65,7 +79,7 @@ class StreamingSettings(TrainingSettings):
         check_validation_control(self)
         if self.offset_noise < 0:
             raise SettingError("offset_noise", f"must be 0 or more, got {self.offset_noise}")
-        for name in ("uniform_timestep_share", "control_dropout", "live_control_share"):
+        for name in ("uniform_timestep_share", "live_control_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(name, f"must lie between 0 and 1, got {getattr(self, name)}")
         for frames in self.frame_buckets:
@@ -125,12 +139,23 @@ class ControlledObjective(CogVideoXObjective):
         return {**super().components(transformer), "control_vocabulary": self.vocabulary}
 
     def control_embeds(self, batch: EncodedBatch, rng: SampleRandom) -> Tensor:
-        """Rows of the vocabulary [B,F,control_dim]; a whole sequence becomes the null row with `control_dropout`.
+        """What the signals are told as [B,F,control_dim]; a whole sequence becomes the null row with `control_dropout`.
 
         Drawn independently of caption dropout, so that sampling can guide on text, on control, or on both.
         """
         dropped = rng.bernoulli(self.settings.control_dropout).to(self.device)  # bool [B]
-        return self.vocabulary.embed(torch.where(dropped[:, None], NULL_INDEX, batch.control_indices))
+        return self.label_rows(torch.where(dropped[:, None, None], NULL_INDEX, batch.control_indices))
+
+    def label_rows(self, control_indices: Tensor) -> Tensor:
+        """Signals of raw frames [B,F,4] → a row for each latent frame [B,F,control_dim].
+
+        Footage changes its signal under any of a latent frame's four raw frames. Told the last one's alone, as
+        published, a model learns that the answer comes zero to three frames late, by chance. The mean says how much of
+        the latent frame is under each; a stream, whose signals hold for whole latent frames, is then answered at once.
+        """
+        if self.settings.control_label == "last":
+            return self.vocabulary.embed(control_indices[..., -1])
+        return self.vocabulary.embed(control_indices).mean(dim=2)
 
     def predict(
         self, module: nn.Module, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, control_embeds: Tensor, **more
@@ -181,8 +206,10 @@ class StreamingObjective(ControlledObjective):
         is_live = is_window & rng.bernoulli(self.settings.live_control_share)
         num_frames = batch.control_indices.shape[1]
         lowest = group_size(num_frames, self.settings.num_noise_groups)  # the frames 1 … W
-        known = batch.control_indices[:, torch.arange(num_frames, device=self.device).clamp(max=lowest)]
-        return replace(batch, control_indices=torch.where(is_live[:, None], known, batch.control_indices))
+        is_ahead = torch.arange(num_frames, device=self.device) > lowest  # [F]
+        newest = batch.control_indices[:, lowest, -1, None, None]  # [B,1,1]
+        hidden = (is_live[:, None] & is_ahead)[..., None]  # [B,F,1]
+        return replace(batch, control_indices=torch.where(hidden, newest, batch.control_indices))
 
     def offset(self, latents: Tensor, noise: Tensor, is_condition: Tensor, rng: SampleRandom) -> tuple[Tensor, Tensor]:
         """Latents and noise [B,F,C,H,W] as the model is to see them under `offset_noise`; the latents stay the target.

@@ -24,7 +24,7 @@ class EncodedBatch:
 
     latents: Tensor  # float32 [B, F, C, H, W], multiplied by vae.config.scaling_factor
     prompt_embeds: Tensor  # [B, L, D] in the compute dtype
-    control_indices: Tensor | None  # int64 [B, F], rows of the control vocabulary
+    control_indices: Tensor | None  # int64 [B, F, 4]: rows of the control vocabulary, of 4 raw frames a latent one
     sample_ids: list[str]
 
     def __len__(self) -> int:

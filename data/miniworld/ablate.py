@@ -51,6 +51,7 @@ ARMS: dict[int, dict[str, Arm]] = {
     2: {
         DEFAULT: Arm(),
         "without positions": Arm("--control_temporal_position False"),
+        "label of the last raw frame": Arm("--control_label last"),
         "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),
         "muon": Arm("--optimizer muon"),
         **_GUIDANCE,
@@ -66,6 +67,7 @@ ARMS: dict[int, dict[str, Arm]] = {
         "condition at t=20": Arm("--condition_timestep 20"),
         "condition at t=100": Arm("--condition_timestep 100"),
         "no uniform timesteps": Arm("--uniform_timestep_share 0"),
+        "label of the last raw frame": Arm("--control_label last"),
         "half uniform timesteps": Arm("--uniform_timestep_share 0.5"),
         "solver history": Arm("--carry_solver_history True"),
         "half live control": Arm("--live_control_share 0.5"),

@@ -18,10 +18,9 @@ from common.cogvideox.pipeline_io import write_pipeline
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.fields import PathSetting
-from common.config.settings import TrainingSettings
 from common.data.control_signals import CONTROL_TOKENS, read_sentences
 from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
-from common.training.controlled_objective import ControlledObjective, check_validation_control
+from common.training.controlled_objective import ControlledObjective, ControlledSettings, check_validation_control
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 from common.training.throughput import forward_flops
@@ -41,7 +40,7 @@ SENTENCES = {
 
 
 @dataclass
-class ControlSettings(TrainingSettings):
+class ControlSettings(ControlledSettings):
     """Settings of stage 2."""
 
     control_dim: int = 768  # width of a signal's row; that of CLIP's text features if there is a text encoder
@@ -49,7 +48,6 @@ class ControlSettings(TrainingSettings):
     control_end_layer: int = 30  # one past the last
     control_attention: str = "frame_causal"  # or "token_causal", the published form
     control_temporal_position: bool = True  # keys of control attention carry their frame's position
-    control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
     control_text_encoder: PathSetting = ""  # CLIP directory or hub id; "" takes a fixed orthogonal table
     control_sentences_file: PathSetting = ""  # JSON of signal → sentence for CLIP; "" takes this file's sentences
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
@@ -58,8 +56,6 @@ class ControlSettings(TrainingSettings):
     def validate(self) -> None:
         super().validate()
         check_validation_control(self, self.frame_buckets[0] if self.validation_prompts else 1)
-        if not 0 <= self.control_dropout <= 1:
-            raise SettingError("control_dropout", f"must lie between 0 and 1, got {self.control_dropout}")
         if not 0 <= self.control_start_layer < self.control_end_layer:
             raise SettingError(
                 "control_start_layer",
@@ -124,8 +120,8 @@ class ControlObjective(ControlledObjective):
 
     def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
         """Also without control, at the same noise: what the signal is worth is the difference."""
-        rows = self.vocabulary.embed(batch.control_indices)
-        null = self.vocabulary.embed(torch.full_like(batch.control_indices, NULL_INDEX))
+        rows = self.label_rows(batch.control_indices)
+        null = self.label_rows(torch.full_like(batch.control_indices, NULL_INDEX))
         losses, without = {}, []
         for t in VALIDATION_TIMESTEPS:
             timesteps = torch.full((len(batch),), t, device=self.device)

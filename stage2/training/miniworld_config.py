@@ -29,6 +29,7 @@ args.control_dim = 64  # int: width of a signal's row in the fixed orthogonal ta
 args.control_start_layer = 0  # int: the first layer that a control block follows
 args.control_end_layer = 6  # int: one past the last
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
+args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
 
 # --- optimisation
 args.train_batch_size = 4  # int: samples per step

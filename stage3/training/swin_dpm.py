@@ -85,7 +85,7 @@ class SwinDPMObjective(StreamingObjective):
         levels = torch.arange(num_groups, device=self.device) * span + span // 2  # [G]
         timesteps = torch.cat([levels.new_zeros(1), levels.repeat_interleave(width)]).expand(len(batch), -1)
         is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(timesteps)
-        rows = self.vocabulary.embed(batch.control_indices)
+        rows = self.label_rows(batch.control_indices)
         error = self._velocity_error(batch, timesteps, is_condition, rows, rng)[:, 1:]  # [B,G·W]
         by_group = error.unflatten(1, (num_groups, width)).mean(dim=(0, 2))
         return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(by_group)}}

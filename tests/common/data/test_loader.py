@@ -81,13 +81,13 @@ def test_batch_has_the_promised_shapes(data):
     (batch,) = batches(settings(data), 1)
     assert set(batch) == {"pixel_values", "captions", "control_indices", "sample_ids", "slots"}
     assert batch["pixel_values"].shape == (2, 17, 3, 64, 96) and batch["pixel_values"].dtype == torch.uint8
-    assert batch["control_indices"].shape == (2, 5) and batch["control_indices"].dtype == torch.int64
+    assert batch["control_indices"].shape == (2, 5, 4) and batch["control_indices"].dtype == torch.int64
     assert batch["slots"].tolist() == [0, 1]
     assert "control_indices" not in batches(settings(data), 1, needs_control=False)[0]
 
 
 def test_picture_caption_and_label_belong_together(data):
-    """The barcode tells the source frame of every picture; the label of latent frame j must be that of picture 4j."""
+    """The barcode tells the source frame of every picture; latent frame j has the labels of pictures 4j − 3 … 4j."""
     starts = set()
     for batch in batches(settings(data), 20):
         for row, sample_id in enumerate(batch["sample_ids"]):
@@ -96,8 +96,8 @@ def test_picture_caption_and_label_belong_together(data):
             shown = frame_numbers(batch["pixel_values"][row])
             assert shown[0] >= clip, "begins before valid_frame_idx"
             assert sample_id == f"videos/clip_{clip}.mp4@{shown[0]}"
-            wanted = [label(clip, frame) for frame in shown[::4]]
-            assert [CONTROL_TOKENS[i] for i in batch["control_indices"][row]] == wanted
+            wanted = [label(clip, frame) for frame in [shown[0]] * 3 + list(shown)]
+            assert [CONTROL_TOKENS[i] for i in batch["control_indices"][row].flatten()] == wanted
             starts.add((clip, shown[0]))
     assert len(starts) > 30, "windows do not vary"
     assert len({clip for clip, _ in starts}) == 9

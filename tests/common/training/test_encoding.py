@@ -50,7 +50,11 @@ def test_prompt_embeddings_equal_the_pipelines(pipeline):
 
 
 def test_cached_batch_encodes_to_the_same_bits(pipeline, pixels):
-    common = {"captions": CAPTIONS, "sample_ids": ["a", "b"], "control_indices": torch.zeros(2, 3, dtype=torch.int64)}
+    common = {
+        "captions": CAPTIONS,
+        "sample_ids": ["a", "b"],
+        "control_indices": torch.zeros(2, 3, 4, dtype=torch.int64),
+    }
     moments = torch.cat([encode_moments(pipeline.vae, clip[None]) for clip in pixels])
     prompts = torch.cat([encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [c], 16) for c in CAPTIONS])
     encoder = encoder_of(pipeline, caption_dropout=0.5)
@@ -59,7 +63,7 @@ def test_cached_batch_encodes_to_the_same_bits(pipeline, pixels):
     cached = encoder.encode({"latent_moments": moments, "prompt_embeds": prompts, **common}, rngs[1])
     assert torch.equal(live.latents, cached.latents) and torch.equal(live.prompt_embeds, cached.prompt_embeds)
     assert torch.equal(rngs[0].normal((2,)), rngs[1].normal((2,)))  # and leaves the generators in the same place
-    assert len(live) == 2 and live.sample_ids == ["a", "b"] and live.control_indices.shape == (2, 3)
+    assert len(live) == 2 and live.sample_ids == ["a", "b"] and live.control_indices.shape == (2, 3, 4)
 
 
 def test_kept_prompts_outlive_the_text_encoder(pipeline):
