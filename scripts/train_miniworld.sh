@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains everything that data/miniworld/weights holds, on one GPU: base model and four stages, by the same programs as
-# the 2B model.
+# Trains the mini world's base model and four stages on one GPU, by the same programs as the 2B model: the recipe of
+# data/miniworld/weights with what has been learnt since.
 #
 #   bash scripts/train_miniworld.sh [OUTPUT_DIR]        default outputs/miniworld_gpu
 #
@@ -9,7 +9,7 @@
 #   BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding) GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
 # On one H200 a step takes 15 ms for the base, 15, 13, 17 and 27 ms in stages 1 to 4: 27 minutes of training by these times,
-# and nine of the VAE. The script as a whole has not run on a GPU yet.
+# and nine of the VAE, beside drawing and encoding. The script as a whole has not run on a GPU yet.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

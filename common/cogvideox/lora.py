@@ -147,6 +147,8 @@ def _stored_config(header: dict[str, str]) -> dict[str, Any] | None:
     if LORA_ADAPTER_METADATA_KEY not in header:
         return None
     stored = json.loads(header[LORA_ADAPTER_METADATA_KEY])
+    if not isinstance(stored, dict):
+        raise ValueError("its metadata is no LoRA configuration: it is no JSON object")
     config = {key.removeprefix(PREFIX): value for key, value in stored.items() if key.startswith(PREFIX)}
     try:
         LoraConfig(**config)

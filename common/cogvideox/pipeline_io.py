@@ -214,15 +214,19 @@ def replace_directory(target: Path, write: Any) -> None:
 
     On an error the target stays as it was, and nothing is left beside it.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write(temporary)
         if target.exists():
-            shutil.rmtree(target)
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
         temporary.rename(target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _library_of(component: Any) -> str:

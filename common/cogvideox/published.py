@@ -78,7 +78,10 @@ def find_weights(path: Path) -> list[Path]:
         raise UserError(f"no checkpoint at {path}: give a safetensors file, or a folder of them")
     indices, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{indices[0]} is no index of safetensors shards: {one_line(error)}") from error
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise UserError(f"{indices[0]} names {len(missing)} files that are missing ({', '.join(missing[:3])})")

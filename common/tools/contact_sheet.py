@@ -46,7 +46,7 @@ def draw_row(path: Path, num_columns: int, frame_height: int) -> Image.Image:
         seconds = f"{video.timestamps[frame]:.1f}s"
         draw.text((frame_width - 4, frame_height - 3), seconds, "white", ImageFont.load_default(10), "rs", **OUTLINE)
         if signals:
-            # A latent frame shows what was commanded at its first raw frame; the last signal holds.
+            # One signal a raw frame; the last one holds.
             signal = signals[min(frame, len(signals) - 1)]
             draw.text((4, 3), signal, "yellow", ImageFont.load_default(16), **OUTLINE)
         row.paste(image, (column * (frame_width + GAP), 0))

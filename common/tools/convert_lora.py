@@ -3,8 +3,8 @@
     python -m common.tools.convert_lora --lora_path outputs/stage1 --form comfyui --output game.safetensors
 
 Forms: "diffusers" (what stage 1 writes; alpha in the metadata, which diffusers reads since 0.34), "comfyui" (ComfyUI's
-own CogVideoX) and "comfyui-wrapper" (kijai's ComfyUI-CogVideoXWrapper). Any of them is read too, so that converting
-back gives the same file content.
+own CogVideoX) and "comfyui-wrapper" (kijai's ComfyUI-CogVideoXWrapper). Any of them is read too; converting
+there and back gives the same factors and the same strength.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
     python -m common.tools.make_model --size mini --output_dir models/random-mini
 
 For measuring speed and memory, and for trying a chain of commands, where the real weights cannot be downloaded. Plain
-diffusers loads the directory, and so does every stage. What it generates is noise.
+diffusers loads the directory, and stages 1 and 2 start from it. What it generates is noise.
 
 The tokenizer is a stand-in made here; --small_text_encoder also replaces T5-XXL (4.8 B parameters, 9.5 GB) by one of
 16 M that feeds the transformer the same shapes. Memory stays at --max_shard_size and the largest tensor in float32.
@@ -63,6 +63,8 @@ def make_model(
     """
     if output_dir.exists() and not (overwrite and output_dir.is_dir()):
         raise SettingError("--output_dir", f"{output_dir} exists; choose another, or --overwrite to replace it")
+    if output_dir.exists() and not (output_dir / INDEX_NAME).is_file():
+        raise SettingError("--output_dir", f"{output_dir} is no pipeline directory; --overwrite replaces only such")
     refuse_unwritable(output_dir.parent, "--output_dir")
     dtype = dtype or size.dtype
     tokenizer = make_tokenizer(size.transformer["max_text_seq_length"])

@@ -66,8 +66,8 @@ class StreamingSettings(ControlledSettings):
     # window is cut at a random latent offset of its clip. [] takes whole clips
     uniform_timestep_share: float = 0.2  # share of samples with one timestep for all frames: a stream's start
     live_control_share: float = 0.0  # share of windows that do not know what will be commanded, as while streaming live
-    offset_noise: float = 0.0  # strength of noise that is smooth in space and alike in all frames, the condition
-    # included: the model learns not to copy a deviation, which would grow from shift to shift
+    offset_noise: float = 0.0  # strength of a smooth deviation of condition and noise that training undoes, so that
+    # a stream's own deviations are not copied from shift to shift; in stage 4 of use behind a stage 3 trained with it
 
     def validate(self) -> None:
         super().validate()
@@ -212,12 +212,13 @@ class StreamingObjective(ControlledObjective):
         return replace(batch, control_indices=torch.where(hidden, newest, batch.control_indices))
 
     def offset(self, latents: Tensor, noise: Tensor, is_condition: Tensor, rng: SampleRandom) -> tuple[Tensor, Tensor]:
-        """Latents and noise [B,F,C,H,W] as the model is to see them under `offset_noise`; the latents stay the target.
+        """Latents and noise [B,F,C,H,W] as the model is to see them under `offset_noise`.
 
         A stream's mistakes in what does not move (the colour of a far hill) are alike in all frames of a window, so a
         model that saw only true windows copies them on. Here the condition frame (`is_condition` [B,F]) and the
-        others' noise get one smooth offset, of a strength drawn for each sample, and no target has it. After offset
-        noise (N. Guttenberg, 2023) and the corrupted context frames of GameNGen (arXiv 2408.14837).
+        others' noise get one smooth offset of a strength drawn for each sample: whole in the condition, √(1−ᾱ) of it
+        in a noisy frame. Stage 3's target is the true latents without it; stage 4's is what its teacher makes of the
+        same input. After offset noise (N. Guttenberg, 2023) and GameNGen's corrupted context (arXiv 2408.14837).
         """
         if not self.settings.offset_noise:
             return latents, noise

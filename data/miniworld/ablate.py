@@ -201,6 +201,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_videos", type=whole_number(1), default=96, help="measured of each run")
     args = parser.parse_args(words[:cut])
     args.settings = words[cut + 1 :]
+    if args.drift_minutes and (args.stage == 2 or args.drift_minutes < 0.17):
+        raise UserError(f"--drift_minutes {args.drift_minutes:g}: give 0.17 or more, with --stage 3 or 4, which stream")
     known = ARMS[args.stage]
     args.arms = args.arms or list(known)
     for arm in args.arms:

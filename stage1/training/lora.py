@@ -57,15 +57,17 @@ class LoraObjective(CogVideoXObjective):
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         linear = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+        chosen = []  # in full: PEFT would take a convolution of the same name too
         for target in self.settings.lora_target_modules:
-            if not any(f".{name}".endswith(f".{target}") for name in linear):
+            chosen += (found := [name for name in linear if f".{name}".endswith(f".{target}")])
+            if not found:
                 ends = sorted({re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", name) for name in linear})
                 raise SettingError("lora_target_modules", f"no linear layer ends in {target!r}; there are {ends}")
         config = LoraConfig(
             r=self.settings.rank,
             lora_alpha=self.settings.lora_alpha,
             init_lora_weights=True,  # the second factor zero: training starts from the base
-            target_modules=self.settings.lora_target_modules,
+            target_modules=chosen,
         )
         transformer.add_adapter(config)
         return transformer

@@ -30,7 +30,7 @@ args.caption_dropout = 0.1  # float: share of samples trained without caption, f
 # --- LoRA
 args.rank = 256  # int: rank of the factors added to each of the layers below
 args.lora_alpha = 256.0  # float: their product is scaled by lora_alpha / rank
-args.lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # list[str]: layers; "ff.net.0.proj", "ff.net.2" too
+args.lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # list[str]: ends of the linear layers' names
 
 # --- optimisation
 args.train_batch_size = 8  # int: samples per GPU and micro-step

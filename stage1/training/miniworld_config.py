@@ -25,8 +25,9 @@ args.dataloader_num_workers = 0  # int: cached latents need no worker
 args.max_sequence_length = 64  # int: text tokens, as the mini base was made with
 
 # --- LoRA
-args.rank = 16  # int: rank of the factors added to each attention projection
+args.rank = 16  # int: rank of the factors added to each of the layers below
 args.lora_alpha = 16.0  # float: their product is scaled by lora_alpha / rank
+args.lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # list[str]: ends of the linear layers' names
 
 # --- optimisation
 args.train_batch_size = 4  # int: samples per step

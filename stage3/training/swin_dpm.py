@@ -72,7 +72,9 @@ class SwinDPMObjective(StreamingObjective):
         is_condition = ~is_uniform & (torch.arange(num_frames, device=timesteps.device) == 0)  # [B,F]
         batch = self.hide_commands_ahead(batch, is_condition[:, 0], rng)
 
-        error = self._velocity_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
+        rows, noise = self.control_embeds(batch, rng), rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
+        seen, noise = self.offset(batch.latents, noise, is_condition, rng)
+        error = self._velocity_error(batch, seen, noise, timesteps, is_condition, rows)
         learnt = (~is_condition).float()
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
 
@@ -86,16 +88,15 @@ class SwinDPMObjective(StreamingObjective):
         timesteps = torch.cat([levels.new_zeros(1), levels.repeat_interleave(width)]).expand(len(batch), -1)
         is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(timesteps)
         rows = self.label_rows(batch.control_indices)
-        error = self._velocity_error(batch, timesteps, is_condition, rows, rng)[:, 1:]  # [B,G·W]
+        noise = rng.normal(batch.latents.shape[1:])
+        error = self._velocity_error(batch, batch.latents, noise, timesteps, is_condition, rows)[:, 1:]  # [B,G·W]
         by_group = error.unflatten(1, (num_groups, width)).mean(dim=(0, 2))
         return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(by_group)}}
 
     def _velocity_error(
-        self, batch: EncodedBatch, timesteps: Tensor, is_condition: Tensor, rows: Tensor, rng: SampleRandom
+        self, batch: EncodedBatch, seen: Tensor, noise: Tensor, timesteps: Tensor, is_condition: Tensor, rows: Tensor
     ) -> Tensor:
-        """Error of v per frame [B,F]; that of condition frames means nothing."""
-        noise = rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
-        seen, noise = self.offset(batch.latents, noise, is_condition, rng)
+        """Error of v per frame [B,F] where the latents that are noised are `seen`; that of conditions means nothing."""
         levels = torch.where(is_condition, self.settings.condition_timestep, timesteps)
         told = levels.clamp(min=0)  # the model knows no timestep -1: clean is told as 0
         noisy = mix_noise(seen, noise, levels, self.alphas)

@@ -106,7 +106,7 @@ def test_stage1_lora_loads_in_plain_diffusers_at_the_trained_strength(tiny_stage
 
 
 def test_stage1_trains_the_layers_that_it_is_told_to(tiny_stages, tmp_path):
-    targets = ["--lora_target_modules", "to_v", "ff.net.0.proj", "norm1.linear"]
+    targets = ["--lora_target_modules", "to_v", "proj", "norm1.linear"]  # not the convolution patch_embed.proj
     lora = tiny_stages.train(1, tmp_path / "lora", *targets, "--max_train_steps", "2", "--validation_steps", "0")
     fused = tmp_path / "fused"
     fuse_lora_weights(str(tiny_stages.base), str(lora), str(fused))

@@ -179,6 +179,7 @@ def test_the_tool_refuses_to_overwrite_unless_told(refused, monkeypatch, tmp_pat
     (path / "notes.txt").touch()
     assert "exists; choose another, or --overwrite" in refused(make_model.main, *MINI, path)
     assert (path / "notes.txt").exists()
+    assert "is no pipeline directory" in refused(make_model.main, *MINI, path.parent, "--overwrite")
     run(monkeypatch, *MINI, path, "--overwrite", "--dtype", "bfloat16")
     assert not (path / "notes.txt").exists() and [p.name for p in path.parent.iterdir()] == ["model"]
     assert "'some' is no size; write 500MB" in refused(

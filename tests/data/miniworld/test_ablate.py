@@ -92,6 +92,8 @@ def test_table_marks_what_the_seeds_tell_apart():
     ("words", "match"),
     [
         (("--arms", "nonsense"), "stage 3 has 'default'"),
+        (("--drift_minutes", "0.1"), "0.17 or more"),
+        (("--stage", "2", "--drift_minutes", "5"), "which stream"),
         (("--arms", "W=2 windows from first frames"), "--clip_cache"),
     ],
 )
