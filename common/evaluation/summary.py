@@ -67,6 +67,7 @@ def control_summary(values: Sequence[Values], num_signals: int, ceiling: Sequenc
         "confusion": confusion_matrix(true, obeyed, num_signals).tolist(),
         "num_videos": len(true),
         "num_latent_frames": true.numel(),
+        "wrong": _wrong_by_place(true, obeyed),
     }
     for name in ("position_share", "heading_share"):
         shares = torch.tensor([share for part in values for share in part[name]], dtype=torch.float64)
@@ -78,6 +79,18 @@ def control_summary(values: Sequence[Values], num_signals: int, ceiling: Sequenc
         ratio = over_videos(lambda rows: f1(rows) / max(macro_f1(true[rows], best[rows], num_signals), 1e-9), len(true))
         summary |= {"ceiling": macro_f1(true, best, num_signals), "share_of_ceiling": ratio}
     return summary
+
+
+def _wrong_by_place(true: Tensor, obeyed: Tensor) -> dict[str, float | None]:
+    """Share of latent frames that read as another signal: the first ones after a change of signal, and all others.
+
+    Many wrong ones among the first alone mean answers that come late, not signals that are not understood.
+    """
+    is_first = torch.zeros_like(true, dtype=torch.bool)
+    is_first[:, 1:] = true[:, 1:] != true[:, :-1]
+    wrong = (true != obeyed).double()
+    shares = {"after_change": wrong[is_first], "elsewhere": wrong[~is_first]}
+    return {place: float(share.mean()) if len(share) else None for place, share in shares.items()}
 
 
 # ---- Fréchet distance ------------------------------------------------------------------------------------------------

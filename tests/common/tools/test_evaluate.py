@@ -173,6 +173,8 @@ def test_intervals_and_pairs():
     for values in (right, wrong):
         values |= {"position_share": [0.1] * 8, "heading_share": [0.2] * 8}
     summary = control_summary([wrong], 9, ceiling=[right])
+    late = {**right, "true": [[0, 0, 1, 1, 2]] * 8, "obeyed": [[0, 0, 0, 1, 1]] * 6 + [[0, 3, 1, 1, 2]] * 2}
+    assert control_summary([late], 9)["wrong"] == {"after_change": 12 / 16, "elsewhere": 2 / 24}
     assert summary["macro_f1"][0] == pytest.approx(0.5) and summary["share_of_ceiling"][0] == pytest.approx(0.5)
     assert 0.1 < summary["macro_f1"][1] < 0.4 and 0.6 < summary["macro_f1"][2] < 0.9
     with pytest.raises(ValueError, match="other scenes"):
