@@ -102,12 +102,12 @@ SIZES = {
         snr_shift_scale=1.0,
         dtype=torch.bfloat16,
     ),
-    # The shape of data/miniworld's base model: 64×96 pixels, 33 frames.
+    # data/miniworld's base model, for 64×96 pixels and 33 frames; make_base starts from these values.
     "mini": ModelSize(
         {
             **TRANSFORMER_2B,
             "num_attention_heads": 3,
-            "time_embed_dim": 32,
+            "time_embed_dim": 32,  # a block's modulation is six vectors that vary smoothly with the noise level
             "text_embed_dim": 128,
             "num_layers": 6,
             "patch_size": 1,

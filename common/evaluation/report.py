@@ -101,23 +101,12 @@ def _speed_cells(row: Row, variant: str) -> tuple[str, str, str]:
 
 
 def control_table(report: dict[str, Any]) -> str:
-    head = (
-        "",
-        "video",
-        "macro-F1",
-        "each seed",
-        "of the ceiling",
-        "wrong after a change",
-        "elsewhere",
-        "position ATE",
-        "heading ATE",
-        "videos",
-    )
+    head = ("", "video", "macro-F1", "each seed", "of the ceiling", "wrong after a change", "elsewhere",
+            "position ATE", "heading ATE", "videos")  # fmt: skip
     return table(head, (
         (label(row, report), variant, with_interval(s["macro_f1"]), " ".join(plain(f) for f in s["macro_f1_of_seeds"]),
          with_interval(s.get("share_of_ceiling")), plain(s["wrong"]["after_change"]), plain(s["wrong"]["elsewhere"]),
-         with_interval(s["position_share"]),
-         with_interval(s["heading_share"]), str(s["num_videos"]))
+         with_interval(s["position_share"]), with_interval(s["heading_share"]), str(s["num_videos"]))
         for row, variant, s in entries(report, "control")
     ))  # fmt: skip
 

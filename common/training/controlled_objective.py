@@ -204,6 +204,8 @@ class StreamingObjective(ControlledObjective):
             is_window: which samples have rising noise, bool [B]; where all frames share a timestep nothing is hidden.
         """
         is_live = is_window & rng.bernoulli(self.settings.live_control_share)
+        if not self.settings.live_control_share:
+            return batch
         num_frames = batch.control_indices.shape[1]
         lowest = group_size(num_frames, self.settings.num_noise_groups)  # the frames 1 … W
         is_ahead = torch.arange(num_frames, device=self.device) > lowest  # [F]
@@ -225,9 +227,8 @@ class StreamingObjective(ControlledObjective):
         *_, channels, height, width = latents.shape
         strength = self.settings.offset_noise * rng.uniform((1, 1, 1))
         coarse = strength * rng.normal((channels, *OFFSET_GRID))  # drawn last: it moves no other draw
-        smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)[
-            :, None
-        ]  # [B,1,C,H,W]
+        smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
+        smooth = smooth[:, None]  # [B,1,C,H,W]
         is_condition = is_condition[:, :, None, None, None]
         return latents + smooth * is_condition, noise + smooth * ~is_condition
 

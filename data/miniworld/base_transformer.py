@@ -9,36 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
 
-from common.config.settings import VAE_TIME_FACTOR
+from common.cogvideox.model_sizes import SIZES
 from common.training.encoding import sample_posterior
 from data.miniworld.base_text import MAX_TEXT_LENGTH, TEXT_DIM
 from data.miniworld.base_training import Batch
 
 CAPTION_DROPOUT = 0.1
-TIME_EMBED_DIM = 32  # the modulation of a block is six vectors that vary smoothly with the noise level
-
-
-def make_scheduler() -> CogVideoXDDIMScheduler:
-    """The schedule of CogVideoX-2B: shifted, zero terminal signal, v-prediction."""
-    return CogVideoXDDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        snr_shift_scale=3.0,
-        rescale_betas_zero_snr=True,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-    )
 
 
 def make_transformer(
-    vae: AutoencoderKLCogVideoX, num_frames: int, patch_size: int = 2, num_layers: int = 7, num_heads: int = 3
+    vae: AutoencoderKLCogVideoX, num_frames: int, patch_size: int, num_layers: int, num_heads: int
 ) -> CogVideoXTransformer3DModel:
     """An untrained transformer for the VAE's latents of videos of num_frames raw frames; heads are 64 wide.
 
@@ -46,22 +29,19 @@ def make_transformer(
     own initialisation long runs were not stable.
     """
     config, scale = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=num_heads,
-        attention_head_dim=64,
-        in_channels=config.latent_channels,
-        out_channels=config.latent_channels,
-        time_embed_dim=TIME_EMBED_DIM,
-        text_embed_dim=TEXT_DIM,
-        num_layers=num_layers,
-        sample_height=config.sample_height // scale,
-        sample_width=config.sample_width // scale,
-        sample_frames=num_frames,
-        patch_size=patch_size,
-        temporal_compression_ratio=VAE_TIME_FACTOR,
-        max_text_seq_length=MAX_TEXT_LENGTH,
-        spatial_interpolation_scale=1.0,
-    )
+    given = {
+        "num_attention_heads": num_heads,
+        "in_channels": config.latent_channels,
+        "out_channels": config.latent_channels,
+        "text_embed_dim": TEXT_DIM,
+        "num_layers": num_layers,
+        "sample_height": config.sample_height // scale,
+        "sample_width": config.sample_width // scale,
+        "sample_frames": num_frames,
+        "patch_size": patch_size,
+        "max_text_seq_length": MAX_TEXT_LENGTH,
+    }
+    transformer = CogVideoXTransformer3DModel(**{**SIZES["mini"].transformer, **given})
     with torch.no_grad():
         for block in transformer.transformer_blocks:
             for norm in (block.norm1, block.norm2):

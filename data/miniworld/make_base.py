@@ -2,10 +2,10 @@ r"""Trains the mini base model: a complete diffusers CogVideoX pipeline director
 
     python -m data.miniworld.make_base --data_root outputs/miniworld --output_dir outputs/miniworld/base
 
-takes six to seven minutes on two CPU cores: 3.5 of training for the video autoencoder (the picture quality of
-everything later rests on it; about 22 dB), the rest for a text-to-video transformer that knows what the world looks
-like. How it is trained at length on a GPU, with --patch_size 1, is in scripts/train_miniworld.sh, and how the shipped
-one was made in data/miniworld/weights/README.md.
+is made for two CPU cores: 3.5 minutes of training for the video autoencoder (the picture quality of everything later
+rests on it; about 22 dB), then 150 steps for a text-to-video transformer that knows what the world looks like. How it
+is trained at length on a GPU, with --patch_size 1, is in scripts/train_miniworld.sh, and how the shipped one was made
+in data/miniworld/weights/README.md.
 
 The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's.
 Finished parts are kept, and a run that was killed goes on from a checkpoint at most a minute old. With --vae_steps
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
 from common.cogvideox.loading import device_and_dtype
+from common.cogvideox.model_sizes import SIZES
 from common.config.command_line import ArgumentParser, not_negative_number, refuse_unwritable, whole_number
 from common.config.errors import UserError, run_cli
 from common.config.files import replacing
@@ -125,7 +126,7 @@ def make_transformer(
         windows = base_transformer.LatentWindows(
             **latents, prompt_embeds=text[:-1], null_embeds=text[-1:], scaling_factor=vae.config.scaling_factor
         )
-        scheduler = base_transformer.make_scheduler()
+        scheduler = SIZES["mini"].scheduler()
         batches = windows.batches(args.transformer_batch_size, scheduler.config.num_train_timesteps, args.seed)
         loss = partial(
             base_transformer.v_loss, transformer, scheduler.alphas_cumprod.to(args.device), autocast_of(args)
@@ -182,7 +183,7 @@ def make_base(args: argparse.Namespace) -> Path:
     captions = [*(record.caption for record in records), ""]
     text = encode_prompts(tokenizer, text_encoder, captions, base_text.MAX_TEXT_LENGTH).to(args.device)
     transformer = make_transformer(place, vae, clips, text, args)
-    pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, base_transformer.make_scheduler())
+    pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, SIZES["mini"].scheduler())
     place.finish("scheduler", pipeline.scheduler.save_pretrained)
     pipeline.save_config(place.partial)
     os.replace(place.partial / "model_index.json", args.output_dir / "model_index.json")  # last: marks it complete
