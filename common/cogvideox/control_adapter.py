@@ -17,6 +17,7 @@ from common.cogvideox.normalization import FrameLayerNormZero
 from common.config.errors import UserError
 
 NULL_INDEX = -1  # index of the null row: "no command is given", the condition that control dropout trains
+LABELS = ("mean", "last")  # ways to make one row of the signals of a latent frame's raw frames
 
 
 class ControlBlock(nn.Module):
@@ -78,17 +79,21 @@ class ControlVocabulary:
         names: the signals, in index order.
         table: [num_signals, control_dim] float.
         null: [control_dim], the row of "no command".
+        label: what a model with this table is told of a latent frame, see `frame_rows`. Published models, whose
+            directories do not say, were told the "last".
     """
 
     config_name = "vocabulary.json"
     weights_name = "table.safetensors"
 
-    def __init__(self, names: list[str], table: torch.Tensor, null: torch.Tensor):
+    def __init__(self, names: list[str], table: torch.Tensor, null: torch.Tensor, label: str = "last"):
         if len(set(names)) != len(names) or table.shape != (len(names), null.numel()):
             raise ValueError(
                 f"{len(names)} names (unique?) with a table {tuple(table.shape)}, null {tuple(null.shape)}"
             )
-        self.names = list(names)
+        if label not in LABELS:
+            raise ValueError(f"label {label!r} is not one of {', '.join(LABELS)}")
+        self.names, self.label = list(names), label
         self._rows = torch.cat([table, null.reshape(1, -1)]).float().cpu()  # the null row last: index −1 finds it
 
     @property
@@ -119,6 +124,15 @@ class ControlVocabulary:
         if self._rows.device != indices.device:
             self._rows = self._rows.to(indices.device)  # once per device: nine rows
         return self._rows[indices]
+
+    def frame_rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Signals of the raw frames of each latent frame, int64 […,R] → a row for each latent frame […,control_dim].
+
+        Footage changes its signal under any of a latent frame's four raw frames. Told the last one's alone, as
+        published, a model learns that the answer comes zero to three frames late, by chance. The mean says how much of
+        the latent frame is under each; a signal that holds for whole latent frames is then answered at once.
+        """
+        return self.embed(indices[..., -1]) if self.label == "last" else self.embed(indices).mean(dim=-2)
 
     @classmethod
     def orthogonal(cls, names: list[str], control_dim: int, seed: int = 0) -> "ControlVocabulary":
@@ -155,7 +169,8 @@ class ControlVocabulary:
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / self.config_name).write_text(json.dumps({"names": self.names}, indent=2) + "\n")
+        config = {"names": self.names, "label": self.label}
+        (directory / self.config_name).write_text(json.dumps(config, indent=2) + "\n")
         save_file({"table": self.table.contiguous(), "null": self.null.contiguous()}, directory / self.weights_name)
 
     @classmethod
@@ -165,4 +180,8 @@ class ControlVocabulary:
             if not (directory / name).is_file():
                 raise UserError(f"{directory} holds no control vocabulary: {name} is missing; stage 2 writes it")
         rows = load_file(directory / cls.weights_name)
-        return cls(json.loads((directory / cls.config_name).read_text())["names"], rows["table"], rows["null"])
+        config = json.loads((directory / cls.config_name).read_text())
+        try:
+            return cls(config["names"], rows["table"], rows["null"], config.get("label", "last"))
+        except ValueError as error:
+            raise UserError(f"{directory}: {error}") from error

@@ -104,16 +104,16 @@ class GuidedDenoiser:
         if guidance_embedding is not None:
             self.constants["timestep_cond"] = guidance_embedding.to(self.dtype).repeat(len(self.branches), 1)
 
-    def control_embeds(self, indices: Sequence[Sequence[int]]) -> Tensor | None:
-        """Signal indices of a window [B][F] → [K·B,F,control_dim], null rows in branches without control."""
+    def control_embeds(self, indices: Sequence[Sequence[Sequence[int]]]) -> Tensor | None:
+        """Signals of a window's raw frames [B][F][R] → [K·B,F,control_dim], null rows in branches without control."""
         if self.vocabulary is None:
             return None
-        given = torch.tensor(indices, dtype=torch.long)  # [B,F]
+        given = torch.tensor(indices, dtype=torch.long)  # [B,F,R]
         if self.device.type == "cuda":  # from pinned memory, or the copy would wait for all that is queued
             given = given.pin_memory().to(self.device, non_blocking=True)
         null = torch.full_like(given, -1)
         rows = torch.cat([given if branch.use_control else null for branch in self.branches])
-        return self.vocabulary.embed(rows).to(self.dtype)
+        return self.vocabulary.frame_rows(rows).to(self.dtype)
 
     def __call__(self, latents: Tensor, timesteps: Tensor, control_embeds: Tensor | None = None) -> Tensor:
         """The guided prediction of v.

@@ -33,8 +33,8 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         control_vocabulary: names and rows of the signals; needed by a transformer with `control_dim`.
     """
 
-    def _clip_control(self, control_signal: Any, batch_size: int, num_latent_frames: int) -> list[list[int]]:
-        """`control_signal` of `__call__` → indices [B][F]."""
+    def _clip_control(self, control_signal: Any, batch_size: int, num_latent_frames: int) -> list[list[list[int]]]:
+        """`control_signal` of `__call__` → indices [B][F][R], of the R raw frames of each latent frame."""
         one_each = isinstance(control_signal, Sequence) and bool(control_signal)
         one_each = one_each and not isinstance(control_signal, str) and not isinstance(control_signal[0], str | int)
         controls = control_signal if one_each else [control_signal] * batch_size

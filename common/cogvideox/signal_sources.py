@@ -1,7 +1,11 @@
 """Where a stream's control signals come from: a schedule known ahead, or whoever holds the keyboard.
 
 A source answers one question, once a window shift and right before the first forward that needs the answer: which
-signal does each latent frame of the window have? Answers are indices into the model's vocabulary; −1 is null.
+signals do the raw frames of each latent frame in the window have? Answers are indices into the model's vocabulary; −1
+is null. Latent frame 0 is of one raw frame, whose signal is given R times; frame j ≥ 1 is of the raw frames R·(j−1)+1 …
+R·j, as in training.
+
+Shapes: F latent frames of a window, R raw frames of a latent frame.
 """
 
 import operator
@@ -27,48 +31,49 @@ def signal_index(signal: Signal, vocabulary: ControlVocabulary) -> int:
 
 
 class SignalSource(Protocol):
-    def window(self, first_frame: int, num_frames: int) -> list[int]:
-        """Indices of latent frames first_frame … first_frame+num_frames−1; `first_frame` never falls."""
+    def window(self, first_frame: int, num_frames: int) -> list[list[int]]:
+        """Indices [F][R] of latent frames first_frame … first_frame+num_frames−1; `first_frame` never falls."""
         ...
 
 
 class ConstantSignal:
     """Every frame has the same signal."""
 
-    def __init__(self, index: int = NULL_INDEX):
-        self.index = index
+    def __init__(self, index: int = NULL_INDEX, stride: int = 4):
+        self._frame = [index] * stride
 
-    def window(self, first_frame: int, num_frames: int) -> list[int]:
-        return [self.index] * num_frames
+    def window(self, first_frame: int, num_frames: int) -> list[list[int]]:
+        return [self._frame] * num_frames
 
 
 class ScheduledSignals:
     """A schedule, read as far ahead as the window reaches and no further; what lies behind is forgotten.
 
     Args:
-        signals: names are one a raw frame, of which latent frame j takes number j·stride; integers are one a latent
-            frame. After its end the last one holds.
-        stride: raw frames per latent frame.
+        signals: names are one a raw frame; integers are one a latent frame. After its end the last one holds.
+        stride: R, raw frames per latent frame.
     """
 
     def __init__(self, signals: Iterable[Signal], vocabulary: ControlVocabulary, stride: int = 4):
         self._signals, self._vocabulary, self._stride = iter(signals), vocabulary, stride
         self._start = 0
-        self._ahead: deque[int] = deque()
+        self._ahead: deque[list[int]] = deque()
         self._last: int | None = None
 
-    def _read(self) -> int:
-        for signal in self._signals:
-            if isinstance(signal, str):  # the other raw frames of this latent frame
-                for _ in range(self._stride - 1):
-                    next(self._signals, None)
-            self._last = signal_index(signal, self._vocabulary)
-            return self._last
-        if self._last is None:
-            raise UserError("the control schedule is empty; it needs at least one signal")
-        return self._last
+    def _read(self) -> list[int]:
+        """The next latent frame's signals [R]."""
+        is_first, frame = self._last is None, []
+        while len(frame) < self._stride:
+            signal = next(self._signals, None)
+            if signal is not None:
+                self._last = signal_index(signal, self._vocabulary)
+            if self._last is None:
+                raise UserError("the control schedule is empty; it needs at least one signal")
+            speaks_for_one = isinstance(signal, str) and not is_first
+            frame += [self._last] * (1 if speaks_for_one else self._stride - len(frame))
+        return frame
 
-    def window(self, first_frame: int, num_frames: int) -> list[int]:
+    def window(self, first_frame: int, num_frames: int) -> list[list[int]]:
         while len(self._ahead) < first_frame - self._start + num_frames:
             self._ahead.append(self._read())
         while self._start < first_frame:
@@ -84,12 +89,12 @@ class LiveSignals:
     enters, as published, delays it by the whole window: 28 frames instead of 5.)
     """
 
-    def __init__(self, ask: Callable[[], Signal], vocabulary: ControlVocabulary):
-        self._ask, self._vocabulary = ask, vocabulary
-        self._finished: int | None = None
+    def __init__(self, ask: Callable[[], Signal], vocabulary: ControlVocabulary, stride: int = 4):
+        self._ask, self._vocabulary, self._stride = ask, vocabulary, stride
+        self._finished: list[int] | None = None
 
-    def window(self, first_frame: int, num_frames: int) -> list[int]:
-        newest = signal_index(self._ask(), self._vocabulary)
+    def window(self, first_frame: int, num_frames: int) -> list[list[int]]:
+        newest = [signal_index(self._ask(), self._vocabulary)] * self._stride
         condition = newest if self._finished is None else self._finished
         self._finished = newest
         return [condition] + [newest] * (num_frames - 1)
@@ -98,18 +103,19 @@ class LiveSignals:
 def make_signal_source(control: Control, vocabulary: ControlVocabulary | None, stride: int = 4) -> SignalSource:
     """The source for what a caller passed as `control`; None is the null signal throughout."""
     if control is None:
-        return ConstantSignal()
+        return ConstantSignal(stride=stride)
     if vocabulary is None:
         raise UserError("control was given, but this model has no control adapter (stage 2 adds it)")
     if isinstance(control, str):
-        return ConstantSignal(signal_index(control, vocabulary))
-    return LiveSignals(control, vocabulary) if callable(control) else ScheduledSignals(control, vocabulary, stride)
+        return ConstantSignal(signal_index(control, vocabulary), stride)
+    source = LiveSignals if callable(control) else ScheduledSignals
+    return source(control, vocabulary, stride)
 
 
 def clip_signals(
     control: Sequence[Signal] | str | None, num_frames: int, vocabulary: ControlVocabulary | None, stride: int = 4
-) -> list[int]:
-    """Indices of a whole clip of `num_frames` latent frames; a sequence that is too short is a `UserError`."""
+) -> list[list[int]]:
+    """Indices [F][R] of a whole clip of `num_frames` latent frames; a sequence that is too short is a `UserError`."""
     if control is not None and not isinstance(control, str):
         control = list(control)
         needed = (num_frames - 1) * stride + 1 if control and isinstance(control[0], str) else num_frames

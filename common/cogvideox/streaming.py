@@ -110,7 +110,7 @@ class VideoStream(Iterator[np.ndarray]):
         return randn_tensor(shape, generator=self.generator, device=self.denoiser.device, dtype=torch.float32)
 
     def _control(self, first_frame: int) -> Tensor | None:
-        indices = [source.window(first_frame, self.plan.num_frames) for source in self.sources]  # [B][F]
+        indices = [source.window(first_frame, self.plan.num_frames) for source in self.sources]  # [B][F][R]
         return self.denoiser.control_embeds(indices)
 
     def _noisy_condition(self, state: WindowState) -> Tensor | None:

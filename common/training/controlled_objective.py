@@ -47,14 +47,11 @@ class ControlledSettings(TrainingSettings):
     """Settings of the stages that obey control signals."""
 
     control_dropout: float = 0.1  # share of samples whose whole signal is replaced by the null row, for guidance
-    control_label: str = "mean"  # of a latent frame: the mean row of its four raw frames, or that of the "last"
 
     def validate(self) -> None:
         super().validate()
         if not 0 <= self.control_dropout <= 1:
             raise SettingError("control_dropout", f"must lie between 0 and 1, got {self.control_dropout}")
-        if self.control_label not in ("mean", "last"):
-            raise SettingError("control_label", f"{self.control_label!r} is not one of 'mean', 'last'")
 
 
 @dataclass
@@ -144,18 +141,7 @@ class ControlledObjective(CogVideoXObjective):
         Drawn independently of caption dropout, so that sampling can guide on text, on control, or on both.
         """
         dropped = rng.bernoulli(self.settings.control_dropout).to(self.device)  # bool [B]
-        return self.label_rows(torch.where(dropped[:, None, None], NULL_INDEX, batch.control_indices))
-
-    def label_rows(self, control_indices: Tensor) -> Tensor:
-        """Signals of raw frames [B,F,4] → a row for each latent frame [B,F,control_dim].
-
-        Footage changes its signal under any of a latent frame's four raw frames. Told the last one's alone, as
-        published, a model learns that the answer comes zero to three frames late, by chance. The mean says how much of
-        the latent frame is under each; a stream, whose signals hold for whole latent frames, is then answered at once.
-        """
-        if self.settings.control_label == "last":
-            return self.vocabulary.embed(control_indices[..., -1])
-        return self.vocabulary.embed(control_indices).mean(dim=2)
+        return self.vocabulary.frame_rows(torch.where(dropped[:, None, None], NULL_INDEX, batch.control_indices))
 
     def predict(
         self, module: nn.Module, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, control_embeds: Tensor, **more

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -157,6 +158,7 @@ class Ablation:
                     "--validation_prompts", *self.args.settings,
                     *(word.format(clip_cache=self.args.clip_cache) for word in change.train.split()),
                 ])  # fmt: skip
+            self.share_true_video(report.parent / "parts", seed)
             minutes = self.args.drift_minutes
             drift = ("drift", "--minutes", f"{minutes:g}", "--num_streams", "24") if minutes else ()
             guided = () if self.args.stage == 4 else ("--control_guidance_scale", CONTROL_GUIDANCE)
@@ -166,6 +168,13 @@ class Ablation:
                 "--batch_size", str(self.args.num_videos), "--seeds", str(seed), *guided, *change.evaluate.split(),
             ])  # fmt: skip
         return figures_of(json.loads(report.read_text()))
+
+    def share_true_video(self, parts: Path, seed: int) -> None:
+        """True video is drawn and measured for one arm at each seed; the others get what came of it (`evaluate`)."""
+        parts.mkdir(parents=True, exist_ok=True)
+        for part in self.args.output_dir.glob(f"*/{seed}/report/parts/*.json"):
+            if not part.name.startswith("model.") and part.parent != parts:
+                shutil.copyfile(part, parts / part.name)
 
     def all(self) -> str:
         """The table of all arms; written anew after each result."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
+from common.cogvideox.control_adapter import LABELS, NULL_INDEX, ControlVocabulary
 from common.cogvideox.noise_schedule import mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
 from common.cogvideox.pipeline_io import write_pipeline
@@ -48,6 +48,7 @@ class ControlSettings(ControlledSettings):
     control_end_layer: int = 30  # one past the last
     control_attention: str = "frame_causal"  # or "token_causal", the published form
     control_temporal_position: bool = True  # keys of control attention carry their frame's position
+    control_label: str = "mean"  # of a latent frame: the mean row of its four raw frames, or that of the "last"
     control_text_encoder: PathSetting = ""  # CLIP directory or hub id; "" takes a fixed orthogonal table
     control_sentences_file: PathSetting = ""  # JSON of signal → sentence for CLIP; "" takes this file's sentences
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
@@ -65,6 +66,9 @@ class ControlSettings(ControlledSettings):
             raise SettingError(
                 "control_attention", f"{self.control_attention!r} is not one of 'frame_causal', 'token_causal'"
             )
+
+        if self.control_label not in LABELS:
+            raise SettingError("control_label", f"{self.control_label!r} is not one of {', '.join(LABELS)}")
 
     def build_objective(self) -> "ControlObjective":
         return ControlObjective(self)
@@ -99,6 +103,11 @@ class ControlObjective(ControlledObjective):
         return module
 
     def load_vocabulary(self) -> ControlVocabulary:
+        vocabulary = self.make_vocabulary()
+        vocabulary.label = self.settings.control_label
+        return vocabulary
+
+    def make_vocabulary(self) -> ControlVocabulary:
         settings = self.settings
         if not settings.control_text_encoder:
             return ControlVocabulary.orthogonal(list(CONTROL_TOKENS), settings.control_dim)
@@ -120,8 +129,8 @@ class ControlObjective(ControlledObjective):
 
     def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
         """Also without control, at the same noise: what the signal is worth is the difference."""
-        rows = self.label_rows(batch.control_indices)
-        null = self.label_rows(torch.full_like(batch.control_indices, NULL_INDEX))
+        rows = self.vocabulary.frame_rows(batch.control_indices)
+        null = self.vocabulary.frame_rows(torch.full_like(batch.control_indices, NULL_INDEX))
         losses, without = {}, []
         for t in VALIDATION_TIMESTEPS:
             timesteps = torch.full((len(batch),), t, device=self.device)

@@ -30,7 +30,7 @@ args.uniform_timestep_share = 0.2  # float: share of samples with one timestep f
 args.live_control_share = 0.0  # float: share of windows that know no command ahead, as a live stream
 args.offset_noise = 0.0  # float: strength of a smooth deviation that training undoes, against drift
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
-args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
+args.control_label = ""  # str: a latent frame is told the "mean" of its raw frames, or the "last"; "" as the base
 
 # --- optimisation
 args.train_batch_size = 4  # int: samples per step

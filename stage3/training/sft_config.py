@@ -34,7 +34,7 @@ args.offset_noise = 0.0  # float: strength of a smooth deviation that training u
 args.window_frames = []  # list[int]: cut windows of these raw frames at random offsets; [] takes whole clips
 args.condition_timestep = -1  # int: noise level of the condition frame; -1 leaves it clean
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
-args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
+args.control_label = ""  # str: a latent frame is told the "mean" of its raw frames, or the "last"; "" as the base
 
 # --- optimisation
 args.train_batch_size = 1  # int: samples per GPU and micro-step

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.cogvideox.control_adapter import LABELS, ControlVocabulary
 from common.cogvideox.noise_schedule import CLEAN, group_size, group_timesteps, mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import write_pipeline
@@ -27,6 +28,7 @@ from common.training.random import SampleRandom
 class SwinDPMSettings(StreamingSettings):
     """Settings of stage 3."""
 
+    control_label: str = ""  # as in stage 2; "" keeps what the base was told
     condition_timestep: int = CLEAN  # noise level of the condition frame, in training and sampling; -1 is clean
     carry_solver_history: bool = False  # sampling: a frame's x̂0 outlives the shift, so every step is of second order
 
@@ -35,6 +37,8 @@ class SwinDPMSettings(StreamingSettings):
 
     def validate(self) -> None:
         super().validate()
+        if self.control_label not in ("", *LABELS):
+            raise SettingError("control_label", f"{self.control_label!r} is not one of {', '.join(LABELS)}, or ''")
         if not -1 <= self.condition_timestep < TRAIN_TIMESTEPS:
             raise SettingError("condition_timestep", f"must be -1 (clean) or a timestep, got {self.condition_timestep}")
         groups, steps = self.num_noise_groups, self.validation_num_inference_steps
@@ -57,6 +61,11 @@ class SwinDPMObjective(StreamingObjective):
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         return transformer.requires_grad_(True)
+
+    def load_vocabulary(self) -> ControlVocabulary:
+        vocabulary = super().load_vocabulary()
+        vocabulary.label = self.settings.control_label or vocabulary.label
+        return vocabulary
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.cut_window(batch, rng)
@@ -87,7 +96,7 @@ class SwinDPMObjective(StreamingObjective):
         levels = torch.arange(num_groups, device=self.device) * span + span // 2  # [G]
         timesteps = torch.cat([levels.new_zeros(1), levels.repeat_interleave(width)]).expand(len(batch), -1)
         is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(timesteps)
-        rows = self.label_rows(batch.control_indices)
+        rows = self.vocabulary.frame_rows(batch.control_indices)
         noise = rng.normal(batch.latents.shape[1:])
         error = self._velocity_error(batch, batch.latents, noise, timesteps, is_condition, rows)[:, 1:]  # [B,G·W]
         by_group = error.unflatten(1, (num_groups, width)).mean(dim=(0, 2))
@@ -104,7 +113,11 @@ class SwinDPMObjective(StreamingObjective):
         return self.velocity_error(prediction, batch.latents, noise, told)
 
     def export(self, output_dir: Path) -> None:
-        parts = {"transformer": self.plain_module, "scheduler": self.streaming_scheduler()}
+        parts = {
+            "transformer": self.plain_module,
+            "scheduler": self.streaming_scheduler(),
+            "control_vocabulary": self.vocabulary,
+        }
         write_pipeline(output_dir, self.base_dir, "CogVideoXStreamingPipeline", parts)
 
     def streaming_scheduler(self) -> CogVideoXSwinDPMScheduler:

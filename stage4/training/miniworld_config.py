@@ -31,7 +31,6 @@ args.live_control_share = 0.0  # float: share of windows that know no command ah
 args.offset_noise = 0.0  # float: strength of a smooth deviation that training undoes, against drift
 args.caption_dropout = 0.0  # float: share of samples trained without caption; the student needs none
 args.control_dropout = 0.0  # float: share of samples with the null signal; the student needs none
-args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
 
 # --- distillation
 args.num_solver_steps = 40  # int: the teacher's grid: 1000/40 timesteps a step

@@ -240,7 +240,7 @@ class SCMObjective(StreamingObjective):
         is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(tops)
         boundary = self._lower(tops, is_condition, self.student_scheduler.phase_boundary)
         noisy = mix_noise(batch.latents, rng.normal(batch.latents.shape[1:]), tops, self.alphas)
-        rows = self.label_rows(batch.control_indices)
+        rows = self.vocabulary.frame_rows(batch.control_indices)
         scale, more = self._draw_guidance(rng)
         solved, timesteps = noisy, tops
         for _ in range(self.settings.num_solver_steps // self.student_scheduler.num_phases):

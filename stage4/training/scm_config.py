@@ -33,7 +33,6 @@ args.uniform_timestep_share = 0.2  # float: share of samples with one timestep f
 args.live_control_share = 0.0  # float: share of windows that know no command ahead, as a live stream
 args.offset_noise = 0.0  # float: strength of a smooth deviation that training undoes, against drift
 args.control_dropout = 0.0  # float: share of samples with the null signal; the student needs none
-args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
 
 # --- distillation
 args.phases_per_group = 1  # int: forwards per window shift of the distilled model

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from common.cogvideox import noise_schedule
+from common.cogvideox.control_adapter import ControlVocabulary
 from common.cogvideox.noise_schedule import CLEAN
-from common.cogvideox.signal_sources import LiveSignals
+from common.cogvideox.signal_sources import LiveSignals, clip_signals
 from common.config.errors import UserError
 from common.config.loader import load_settings
+from common.data.control_signals import CONTROL_TOKENS
+from common.data.index import read_index
+from common.data.loader import build_dataset
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 from tests.stages.conftest import ROOT, TINY
@@ -83,10 +87,46 @@ def test_a_latent_frame_is_told_the_mean_of_its_raw_frames_signals_or_the_last_o
     batch.control_indices[0, 5] = torch.tensor([3, 3, 3, 7])  # the signal changes under the fourth raw frame
     rows = objective.vocabulary.embed(torch.arange(9))
     for label, wanted in (("mean", (3 * rows[3] + rows[7]) / 4), ("last", rows[7])):
-        objective.settings.control_label = label
+        objective.vocabulary.label = label
         objective.loss(batch, SampleRandom(0, 0, range(B)))
         torch.testing.assert_close(told[-1][0, 5], wanted)
         torch.testing.assert_close(told[-1][0, 4], rows[batch.control_indices[0, 4, 0]])
+
+
+def test_the_label_is_chosen_in_stage_2_and_kept_until_another_is_asked_for(tiny_base, tmp_path):
+    def exported(stage, base, *options):
+        load(stage, base, *options).export(tmp_path / f"{stage}{''.join(options)}")
+        return tmp_path / f"{stage}{''.join(options)}"
+
+    def label(directory):
+        return ControlVocabulary.from_pretrained(directory / "control_vocabulary").label
+
+    stage2 = exported(2, tiny_base)
+    assert label(stage2) == "mean"
+    stage2 = exported(2, tiny_base, "--control_label", "last")
+    assert [label(stage2), label(exported(3, stage2))] == ["last", "last"]
+    stage3 = exported(3, stage2, "--control_label", "mean")
+    assert [label(stage3), label(exported(4, stage3)), label(stage2)] == ["mean", "mean", "last"]
+    names = stage3 / "control_vocabulary" / "vocabulary.json"
+    names.write_text(json.dumps({"names": list(CONTROL_TOKENS)}))
+    assert label(stage3) == "last"  # published models do not say, and were told the last
+    names.write_text(json.dumps({"names": list(CONTROL_TOKENS), "label": "first"}))
+    with pytest.raises(UserError, match=r"control_vocabulary: label 'first' is not one of mean, last"):
+        label(stage3)
+
+
+def test_sampling_tells_the_signals_of_footage_as_training_does(tiny_world, tiny_models):
+    index = tiny_world / "index.json"
+    words = [*TINY.split(), "--data_root", str(tiny_world), "--index_file", str(index)]
+    settings = load_settings(ROOT / "stage3" / "training" / "miniworld_config.py", words)
+    records = read_index(index, tiny_world, needs_control=True)
+    vocabulary = ControlVocabulary.from_pretrained(tiny_models / "stage2" / "control_vocabulary")
+    changes = 0
+    for number, record in enumerate(records):
+        trained = build_dataset(settings, records, needs_control=True).try_clip(number, 0, 0)["control_indices"]
+        assert clip_signals(record.control[:33], 9, vocabulary) == trained.tolist()
+        changes += int((trained != trained[:, -1:]).any(dim=1).sum())
+    assert changes  # some latent frame has more than one signal
 
 
 @pytest.mark.parametrize("stage", [3, 4])
@@ -108,7 +148,7 @@ def test_windows_of_a_live_stream_know_no_command_ahead(stage, tiny_models, batc
         for b, signals in enumerate(batch.control_indices[..., 0].tolist()):
             presses = iter([signals[0], signals[2]])  # frames 1 and 2 leave next; then their command is the newest
             source.window(0, F)
-            live = [signals[0], signals[1], *source.window(1, F)[2:]]
+            live = [signals[0], signals[1], *(frame for frame, *_ in source.window(1, F)[2:])]
             is_uniform = (timesteps[b] == timesteps[b, 0]).all()
             told = [name for name, row in (("live", live), ("ahead", signals))
                     if torch.allclose(rows[b], objective.vocabulary.embed(torch.tensor(row)))]  # fmt: skip

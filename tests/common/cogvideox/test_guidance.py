@@ -43,7 +43,7 @@ def guided(text_scale, control_scale, batch=2):
         torch.zeros(batch, 3, 2),
         vocabulary,
     )
-    control = denoiser.control_embeds([[0, 0]] * batch)
+    control = denoiser.control_embeds([[[0], [0]]] * batch)
     v = denoiser(torch.zeros(batch, 2, 1, 1, 1), torch.tensor([0, 999]), control)
     assert v.shape == (batch, 2, 1, 1, 1) and v.dtype == torch.float32
     assert (v == v.flatten()[0]).all()
@@ -74,7 +74,7 @@ def test_without_guidance_one_forward_of_the_batch_and_every_frame_its_own_signa
     vocabulary = ControlVocabulary(["D", "N"], torch.tensor([[1.0], [2.0]]), torch.tensor([9.0]))
     transformer = LinearTransformer()
     denoiser = GuidedDenoiser(transformer, guidance_branches(1, 1), torch.zeros(1, 3, 2), None, vocabulary)
-    control = denoiser.control_embeds([[0, 1, -1]])
+    control = denoiser.control_embeds([[[0], [1], [-1]]])
     v = denoiser(torch.zeros(1, 3, 1, 1, 1), torch.tensor(999), control)
     assert v.flatten().tolist() == [1.0, 2.0, 9.0]
     ((batch, timestep, seen, _),) = transformer.calls

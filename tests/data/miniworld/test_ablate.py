@@ -33,7 +33,7 @@ class Programs:
         out = words[words.index("--output_dir") + 1]
         seed = int(words[words.index("--seed" if "--seed" in words else "--seeds") + 1])
         folder = Path(out)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if words[0] == "common.tools.train":
             (folder / "model_index.json").write_text("{}")
             return
@@ -46,6 +46,11 @@ class Programs:
         }
         rows = [{"kind": "true", "measures": {}}, {"kind": "model", "measures": measures}]
         (folder / "report.json").write_text(json.dumps({"rows": rows}))
+        for name, text in (("true.control", out), ("vae-1.control", out), ("model.control", out)):
+            part = folder / "parts" / f"{name}.streams.seed{seed}.json"
+            if not part.exists():
+                part.parent.mkdir(exist_ok=True)
+                part.write_text(text)
 
 
 def ablation(tmp_path, *words):
@@ -69,6 +74,14 @@ def test_runs_each_arm_once_and_sampling_alone_on_the_defaults_weights(tmp_path)
     again = ablation(tmp_path, *words)
     assert again.all() == table and not again.run.calls
     assert (tmp_path / "ablation.md").read_text() == table
+
+
+def test_true_video_is_measured_once_a_seed(tmp_path):
+    ablation(tmp_path, "--seeds", "0", "1", "--arms", DEFAULT, "muon").all()
+    for seed in (0, 1):
+        muon, default = (tmp_path / arm / str(seed) / "report" for arm in ("muon", DEFAULT))
+        by = {part.name.split(".")[0]: part.read_text() for part in (muon / "parts").iterdir()}
+        assert by == {"true": str(default), "vae-1": str(default), "model": str(muon)}
 
 
 def test_drift_is_measured_when_minutes_are_given(tmp_path):
