@@ -1,10 +1,10 @@
 r"""Packs pipeline directories for shipping: float16 weights, and no component twice.
 
     python -m data.miniworld.pack_weights --output_dir data/miniworld/weights \
-        base=outputs/miniworld/base stage4=outputs/miniworld/stage4
+        base=outputs/miniworld/base stage1=outputs/miniworld/stage1 stage4=outputs/miniworld/stage4
 
-writes weights/base/ and weights/stage4/, each a complete pipeline directory. A component that equals the one of a
-pipeline named before it becomes a link to that: weights/stage4/vae -> ../base/vae.
+writes weights/base/ and weights/stage4/, each a complete pipeline directory, and weights/stage1/, a LoRA. A component
+that equals the one of a pipeline named before it becomes a link to that: weights/stage4/vae -> ../base/vae.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.cogvideox.pipeline_io import read_model_index
+from common.cogvideox.pipeline_io import LORA_NAME, read_model_index
 from common.config.command_line import ArgumentParser, refuse_unwritable
 from common.config.errors import UserError, run_cli
 
@@ -80,10 +80,15 @@ def pack(args: argparse.Namespace) -> int:
     packed: list[Path] = []
     for word in args.pipelines:
         name, _, source = word.partition("=")
-        if not source or not (Path(source) / "model_index.json").is_file():
-            raise UserError(f"{word}: give NAME=DIRECTORY with a pipeline directory")
-        pack_pipeline(Path(source), args.output_dir / name, packed)
-        packed.append(args.output_dir / name)
+        target = args.output_dir / name
+        if source and (Path(source) / LORA_NAME).is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            pack_file(Path(source) / LORA_NAME, target / LORA_NAME)
+        elif source and (Path(source) / "model_index.json").is_file():
+            pack_pipeline(Path(source), target, packed)
+            packed.append(target)
+        else:
+            raise UserError(f"{word}: give NAME=DIRECTORY with a pipeline directory, or stage 1's with a LoRA")
     return sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file() and not path.is_symlink())
 
 

@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.pipeline_io import LORA_NAME
 from common.config.errors import UserError
 from data.miniworld import pack_weights
 
@@ -37,6 +39,17 @@ def test_packed_pipelines_load_and_share_what_is_equal(tiny_models, tiny_base, t
     assert ours.scheduler.config == original.scheduler.config
     for file in (tmp_path / "stage3").rglob("*.safetensors"):
         assert all(not t.is_floating_point() or t.dtype == torch.float16 for t in load_file(file).values())
+
+
+def test_a_lora_keeps_its_rank_and_alpha(tmp_path):
+    (tmp_path / "stage1").mkdir()
+    metadata = {"transformer.r": "2", "transformer.lora_alpha": "1"}
+    save_file({"a": torch.full((2, 2), 0.3)}, tmp_path / "stage1" / LORA_NAME, metadata=metadata)
+    size = packed(tmp_path / "packed", f"stage1={tmp_path / 'stage1'}")
+    assert [file.name for file in (tmp_path / "packed" / "stage1").iterdir()] == [LORA_NAME]
+    with safe_open(tmp_path / "packed" / "stage1" / LORA_NAME, framework="pt") as file:
+        assert file.metadata() == metadata and file.get_tensor("a").dtype == torch.float16
+    assert size == (tmp_path / "packed" / "stage1" / LORA_NAME).stat().st_size
 
 
 def test_what_is_no_pipeline_or_too_large_is_refused(tiny_base, tmp_path, monkeypatch):
