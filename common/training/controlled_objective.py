@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from common.cogvideox.control_adapter import NULL_INDEX, ControlVocabulary
-from common.cogvideox.noise_schedule import group_size
 from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
@@ -62,7 +61,6 @@ class StreamingSettings(ControlledSettings):
     window_frames: list[int] = field(default_factory=list)  # raw frames of a window, one length drawn a step; each
     # window is cut at a random latent offset of its clip. [] takes whole clips
     uniform_timestep_share: float = 0.2  # share of samples with one timestep for all frames: a stream's start
-    live_control_share: float = 0.0  # share of windows that do not know what will be commanded, as while streaming live
     offset_noise: float = 0.0  # strength of a smooth deviation of condition and noise that training undoes, so that
     # a stream's own deviations are not copied from shift to shift; in stage 4 of use behind a stage 3 trained with it
 
@@ -76,9 +74,8 @@ class StreamingSettings(ControlledSettings):
         check_validation_control(self)
         if self.offset_noise < 0:
             raise SettingError("offset_noise", f"must be 0 or more, got {self.offset_noise}")
-        for name in ("uniform_timestep_share", "live_control_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(name, f"must lie between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.uniform_timestep_share <= 1:
+            raise SettingError("uniform_timestep_share", f"must lie between 0 and 1, got {self.uniform_timestep_share}")
         for frames in self.frame_buckets:
             self.check_window("frame_buckets", frames)
         for frames in self.window_frames:
@@ -179,25 +176,6 @@ class StreamingObjective(ControlledObjective):
         return EncodedBatch(
             batch.latents[rows, frames], batch.prompt_embeds, batch.control_indices[rows, frames], batch.sample_ids
         )
-
-    def hide_commands_ahead(self, batch: EncodedBatch, is_window: Tensor, rng: SampleRandom) -> EncodedBatch:
-        """In `live_control_share` of the windows, later groups get the last command of the group that leaves next.
-
-        That is all a live stream knows; see `LiveSignals`. A model that always saw what would be commanded settles
-        a frame's motion before its own command has come.
-
-        Args:
-            is_window: which samples have rising noise, bool [B]; where all frames share a timestep nothing is hidden.
-        """
-        is_live = is_window & rng.bernoulli(self.settings.live_control_share)
-        if not self.settings.live_control_share:
-            return batch
-        num_frames = batch.control_indices.shape[1]
-        lowest = group_size(num_frames, self.settings.num_noise_groups)  # the frames 1 … W
-        is_ahead = torch.arange(num_frames, device=self.device) > lowest  # [F]
-        newest = batch.control_indices[:, lowest, -1, None, None]  # [B,1,1]
-        hidden = (is_live[:, None] & is_ahead)[..., None]  # [B,F,1]
-        return replace(batch, control_indices=torch.where(hidden, newest, batch.control_indices))
 
     def offset(self, latents: Tensor, noise: Tensor, is_condition: Tensor, rng: SampleRandom) -> tuple[Tensor, Tensor]:
         """Latents and noise [B,F,C,H,W] as the model is to see them under `offset_noise`.

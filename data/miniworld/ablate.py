@@ -71,8 +71,6 @@ ARMS: dict[int, dict[str, Arm]] = {
         "label of the last raw frame": Arm("--control_label last"),
         "half uniform timesteps": Arm("--uniform_timestep_share 0.5"),
         "solver history": Arm("--carry_solver_history True"),
-        "half live control": Arm("--live_control_share 0.5"),
-        "all live control": Arm("--live_control_share 1"),
         "offset noise .2": Arm("--offset_noise 0.2"),
         "offset noise .5": Arm("--offset_noise 0.5"),
         "muon": Arm("--optimizer muon"),
@@ -90,7 +88,6 @@ ARMS: dict[int, dict[str, Arm]] = {
         "continuous offsets": Arm("--continuous_offsets True"),
         "20 solver steps": Arm("--num_solver_steps 20"),
         "2 phases per group": Arm("--phases_per_group 2"),
-        "half live control": Arm("--live_control_share 0.5"),
         "offset noise .2": Arm("--offset_noise 0.2"),
     },
 }

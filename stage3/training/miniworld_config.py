@@ -27,7 +27,6 @@ args.max_sequence_length = 64  # int: text tokens, as the mini base was made wit
 # --- sliding window
 args.num_noise_groups = 4  # int: a window is one condition frame and this many groups of rising noise
 args.uniform_timestep_share = 0.2  # float: share of samples with one timestep for all frames: a stream's start
-args.live_control_share = 0.0  # float: share of windows that know no command ahead, as a live stream
 args.offset_noise = 0.0  # float: strength of a smooth deviation that training undoes, against drift
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
 args.control_label = ""  # str: a latent frame is told the "mean" of its raw frames, or the "last"; "" as the base

@@ -29,7 +29,6 @@ args.caption_dropout = 0.1  # float: share of samples trained without caption, f
 # --- sliding window
 args.num_noise_groups = 4  # int: a window is one condition frame and this many groups of rising noise
 args.uniform_timestep_share = 0.2  # float: share of samples with one timestep for all frames: a stream's start
-args.live_control_share = 0.0  # float: share of windows that know no command ahead, as a live stream
 args.offset_noise = 0.0  # float: strength of a smooth deviation that training undoes, against drift
 args.window_frames = []  # list[int]: cut windows of these raw frames at random offsets; [] takes whole clips
 args.condition_timestep = -1  # int: noise level of the condition frame; -1 leaves it clean

@@ -79,7 +79,6 @@ class SwinDPMObjective(StreamingObjective):
         is_uniform = rng.bernoulli(self.settings.uniform_timestep_share)[:, None]  # [B,1]
         timesteps = torch.where(is_uniform, uniform, groups)
         is_condition = ~is_uniform & (torch.arange(num_frames, device=timesteps.device) == 0)  # [B,F]
-        batch = self.hide_commands_ahead(batch, is_condition[:, 0], rng)
 
         rows, noise = self.control_embeds(batch, rng), rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
         seen, noise = self.offset(batch.latents, noise, is_condition, rng)

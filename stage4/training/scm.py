@@ -128,7 +128,6 @@ class SCMObjective(StreamingObjective):
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.cut_window(batch, rng)
         timesteps, is_condition = self._sample_timesteps(batch.latents.shape[1], rng)  # [B,F]
-        batch = self.hide_commands_ahead(batch, is_condition[:, 0], rng)
         error = self._consistency_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
         learnt = (~is_condition).float()
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
