@@ -38,6 +38,7 @@ class Run:
             ["bash", str(ROOT / "scripts" / "launch.sh"), "unused.py", "--config", str(config), *overrides],
             env=environment, cwd=output_dir.parent, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where it is ignored
         )  # fmt: skip
 
     def wait_for_checkpoint(self, step: int) -> None:
