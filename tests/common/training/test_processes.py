@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,12 +27,12 @@ CONFIG = Path(__file__).with_name("toy_config.py")
 class Run:
     """`scripts/launch.sh` on the toy config, in its own process group."""
 
-    def __init__(self, toy_data, output_dir, *overrides, processes=1, step_seconds=0.0, config=CONFIG):
+    def __init__(self, toy_data, output_dir, *overrides, processes=1, step_seconds=0.0, config=CONFIG, **more):
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         environment |= {
             "TOY_DATA": str(toy_data), "TOY_OUTPUT": str(output_dir), "TOY_STEP_SECONDS": str(step_seconds),
             "NUM_PROCESSES": str(processes), "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1", **more,
         }  # fmt: skip
         self.output_dir = output_dir
         self.process = subprocess.Popen(
@@ -120,6 +121,25 @@ def test_two_processes_train_like_one_with_twice_the_batch_and_stop_together(toy
         for d in (output_dir, tmp_path / "one")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_two_machines_train_like_one_with_twice_the_batch(toy_data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options = ["--train_batch_size", "1", "--max_train_steps", "3"]
+    output_dir = tmp_path / "run"  # on storage that both machines see
+    first, second = (
+        Run(toy_data, output_dir, *options, processes=2, NODE_RANK=rank, **place) for rank in ("0", "1")
+    )  # fmt: skip
+    for run in (second, first):
+        code, output = run.finish()
+        assert code == 0, output
+    train_here(toy_data, tmp_path / "one", max_train_steps=3, train_batch_size=2)
+    assert_same_weights(output_dir / "checkpoint-3", tmp_path / "one" / "checkpoint-3", tolerance=1e-6)
+    steps = [json.loads(line)["step"] for line in (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]  # written by the first machine alone
 
 
 def test_wrong_setting_is_one_line_and_exit_code_two(toy_data, tmp_path):
