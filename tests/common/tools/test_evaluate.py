@@ -164,7 +164,7 @@ def test_videos_do_not_depend_on_the_batch(tiny_models, monkeypatch):
     alone = model.clips(scenes[1:], generators_for(0, 1, 1))
     assert both.shape == (2, 17, 32, 48, 3) and both.dtype == torch.uint8
     assert (both[1].int() - alone[0].int()).abs().max() <= 1
-    assert given[0] == [[SIGNALS.index(signal) for signal in scene.signals[::4]] for scene in scenes]
+    assert given[0] == [[[SIGNALS.index(signal)] * 4 for signal in scene.signals[::4]] for scene in scenes]
 
 
 def test_intervals_and_pairs():
