@@ -18,6 +18,7 @@ from common.config.errors import UserError
 
 Signal = str | int
 Control = Iterable[Signal] | Callable[[], Signal] | None
+_END = object()  # of a schedule
 
 
 def signal_index(signal: Signal, vocabulary: ControlVocabulary) -> int:
@@ -64,8 +65,8 @@ class ScheduledSignals:
         """The next latent frame's signals [R]."""
         is_first, frame = self._last is None, []
         while len(frame) < self._stride:
-            signal = next(self._signals, None)
-            if signal is not None:
+            signal = next(self._signals, _END)
+            if signal is not _END:
                 self._last = signal_index(signal, self._vocabulary)
             if self._last is None:
                 raise UserError("the control schedule is empty; it needs at least one signal")
