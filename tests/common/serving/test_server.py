@@ -109,7 +109,7 @@ def test_the_prompt_changes_in_mid_stream_without_a_stall(play, tiny_world_model
 
     def slow_encode(prompt):
         if is_slow:
-            time.sleep(0.6)
+            time.sleep(1.5)
         return encode(prompt)
 
     monkeypatch.setattr(tiny_world_model, "encode", slow_encode)
@@ -124,8 +124,8 @@ def test_the_prompt_changes_in_mid_stream_without_a_stall(play, tiny_world_model
             if isinstance(await player.receive(), tuple):
                 gaps.append(time.perf_counter() - last)
                 last = time.perf_counter()
-        assert time.perf_counter() - asked >= 0.6
-        assert len(gaps) > 10 and max(gaps) < 0.5
+        assert time.perf_counter() - asked >= 1.5
+        assert len(gaps) > 10 and max(gaps) < 1  # a machine at work on other things makes gaps too
         stream = {header.stream for header, _ in player.frames}
         assert len(stream) == 1
         log = server.room.engine._history.log(10**6, 0, 0)
