@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,13 @@ TINY_CAPTIONS = [
 @pytest.fixture(autouse=True, scope="session")
 def _single_thread():
     torch.set_num_threads(1)  # pytest-xdist runs one process a core; more threads only fight
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def make_tiny_tokenizer():

@@ -170,7 +170,7 @@ class Ablation:
         """True video is drawn and measured for one arm at each seed; the others get what came of it (`evaluate`)."""
         parts.mkdir(parents=True, exist_ok=True)
         for part in self.args.output_dir.glob(f"*/{seed}/report/parts/*.json"):
-            if not part.name.startswith("model.") and part.parent != parts:
+            if not part.name.startswith("model.") and not (parts / part.name).exists():
                 shutil.copyfile(part, parts / part.name)
 
     def all(self) -> str:

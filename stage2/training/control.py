@@ -66,7 +66,6 @@ class ControlSettings(ControlledSettings):
             raise SettingError(
                 "control_attention", f"{self.control_attention!r} is not one of 'frame_causal', 'token_causal'"
             )
-
         if self.control_label not in LABELS:
             raise SettingError("control_label", f"{self.control_label!r} is not one of {', '.join(LABELS)}")
 

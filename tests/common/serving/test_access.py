@@ -164,46 +164,37 @@ def connect_without_goodbye(port):
     return connection
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.slow
-def test_the_program_ends_cleanly_when_it_is_terminated(tiny_models, tmp_path):
+def test_the_program_ends_cleanly_when_it_is_terminated(tiny_models, tmp_path, free_port):
     """Even with a client that never says goodbye, and without leaving its temporary directory behind."""
-    port = free_port()
     program = [sys.executable, "-m", "common.serving.server", "--model_path", str(tiny_models / "stage4")]
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*program, "--port", str(port)],
+        [*program, "--port", str(free_port)],
         cwd=Path(__file__).parents[3],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        with connect_without_goodbye(port):
+        with connect_without_goodbye(free_port):
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 0 and "Traceback" not in said and f"stage4 at http://127.0.0.1:{port}" in said
+    assert process.returncode == 0 and "Traceback" not in said and f"stage4 at http://127.0.0.1:{free_port}" in said
     assert not list(tmp_path.glob("drives-*"))
 
 
-def test_the_program_ends_cleanly_at_ctrl_c(tiny_models, monkeypatch):
-    port = free_port()
-
+def test_the_program_ends_cleanly_at_ctrl_c(tiny_models, monkeypatch, free_port):
     def interrupt():
-        with connect_without_goodbye(port) as connection:
+        with connect_without_goodbye(free_port) as connection:
             connection.recv(10_000)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "argv", ["server", "--model_path", str(tiny_models / "stage4"), "--port", str(port)])
+    monkeypatch.setattr(sys, "argv", ["server", "--model_path", str(tiny_models / "stage4"), "--port", str(free_port)])
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:

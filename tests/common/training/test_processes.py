@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -123,11 +122,8 @@ def test_two_processes_train_like_one_with_twice_the_batch_and_stop_together(toy
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_two_machines_train_like_one_with_twice_the_batch(toy_data, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def test_two_machines_train_like_one_with_twice_the_batch(toy_data, tmp_path, free_port):
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     options = ["--train_batch_size", "1", "--max_train_steps", "3"]
     output_dir = tmp_path / "run"  # on storage that both machines see
     first, second = (
