@@ -52,13 +52,18 @@ T5_XXL = {
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Constructor arguments of one model's parts; `dtype` is that of its published weights."""
+    """Constructor arguments of one model's parts; `dtype` is that of its published weights.
+
+    `control_dim` and `first_control_layer` (None: half of the layers, as published) are those that stage 2 adds.
+    """
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
     text_encoder: dict[str, Any]
     snr_shift_scale: float
     dtype: torch.dtype
+    control_dim: int = 768
+    first_control_layer: int | None = None
 
     def with_layers(self, num_layers: int) -> "ModelSize":
         """The same width, another depth."""
@@ -68,6 +73,17 @@ class ModelSize:
         """Two narrow T5 layers, as wide outside as the transformer wants; the vocabulary is the tokenizer's own."""
         small = {"d_kv": 64, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 0}
         return replace(self, text_encoder={**small, "d_model": self.transformer["text_embed_dim"]})
+
+    def control_config(self) -> dict[str, Any]:
+        """What stage 2 adds to the transformer's arguments."""
+        num_layers, first = self.transformer["num_layers"], self.first_control_layer
+        return {
+            "control_dim": self.control_dim,
+            "control_start_layer": num_layers // 2 if first is None else first,
+            "control_end_layer": num_layers,
+            "control_attention": "frame_causal",
+            "control_temporal_position": True,
+        }
 
     def t5_config(self, tokenizer_size: int) -> T5Config:
         """T5 v1.1; a `vocab_size` of 0 becomes the tokenizer's, rounded up to a multiple of 64."""
@@ -128,5 +144,7 @@ SIZES = {
         {},
         snr_shift_scale=3.0,
         dtype=torch.float32,
+        control_dim=64,
+        first_control_layer=0,
     ).with_small_text_encoder(),
 }

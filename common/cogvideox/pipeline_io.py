@@ -200,7 +200,7 @@ def write_pipeline(
         if name in index:
             continue
         if name in replaced:
-            index[name] = [_library_of(replaced[name]), type(replaced[name]).__name__]
+            index[name] = [library_of(replaced[name]), type(replaced[name]).__name__]
             replace_directory(output_dir / name, replaced[name].save_pretrained)
         else:
             index[name] = base_index[name]
@@ -229,7 +229,8 @@ def replace_directory(target: Path, write: Any) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _library_of(component: Any) -> str:
+def library_of(component: Any) -> str:
+    """What an index names as the library of a component: diffusers, transformers, or our own module."""
     module = type(component).__module__
     return module if OWN_MODULES.fullmatch(module) else module.split(".")[0]
 

@@ -2,9 +2,11 @@
 
     python -m common.tools.make_model --size 2b --small_text_encoder --output_dir models/random-2b
     python -m common.tools.make_model --size mini --output_dir models/random-mini
+    python -m common.tools.make_model --size 2b --stage 4 --small_text_encoder --output_dir models/random-2b-stage4
 
 For measuring speed and memory, and for trying a chain of commands, where the real weights cannot be downloaded. Plain
-diffusers loads the directory, and stages 1 and 2 start from it. What it generates is noise.
+diffusers loads the base, and stages 1 and 2 start from it; with --stage 2, 3 or 4 the directory is as that stage writes
+it, its control signals told apart by orthogonal rows. What it generates is noise.
 
 The tokenizer is a stand-in made here; --small_text_encoder also replaces T5-XXL (4.8 B parameters, 9.5 GB) by one of
 16 M that feeds the transformer the same shapes. Memory stays at --max_shard_size and the largest tensor in float32.
@@ -25,20 +27,32 @@ from torch import nn
 from tqdm import tqdm
 from transformers import T5EncoderModel
 
+from common.cogvideox.control_adapter import ControlVocabulary
 from common.cogvideox.loading import COUNT, DTYPES
 from common.cogvideox.model_sizes import SIZES, ModelSize
-from common.cogvideox.pipeline_io import INDEX_NAME, replace_directory
+from common.cogvideox.pipeline_io import INDEX_NAME, library_of, replace_directory
 from common.cogvideox.random_weights import untied_state, write_random_weights
+from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, CogVideoXSwinLCMScheduler
 from common.cogvideox.stand_in_tokenizer import make_tokenizer
+from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.command_line import ArgumentParser, refuse_unwritable, whole_number
 from common.config.errors import SettingError, run_cli
+from common.data.control_signals import CONTROL_TOKENS
 
-# component → its library, and the stem of its weights' files
-COMPONENTS = {
-    "text_encoder": ("transformers", "model"),
-    "vae": ("diffusers", "diffusion_pytorch_model"),
-    "transformer": ("diffusers", "diffusion_pytorch_model"),
+# component → the stem of its weights' files
+WEIGHTS_STEMS = {
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
 }
+# what a stage's output_dir holds: a pipeline, and a scheduler of its own; 1 is the base
+PIPELINES = {
+    1: "CogVideoXPipeline",
+    2: "CogVideoXControlPipeline",
+    3: "CogVideoXStreamingPipeline",
+    4: "CogVideoXStreamingPipeline",
+}
+SCHEDULERS = {3: CogVideoXSwinDPMScheduler, 4: CogVideoXSwinLCMScheduler}
 
 
 def make_model(
@@ -48,12 +62,14 @@ def make_model(
     seed: int = 0,
     max_shard_size: str = "2GB",
     overwrite: bool = False,
+    stage: int = 1,
 ) -> dict[str, int]:
     """Writes a complete pipeline directory; an existing one is replaced when the new one is whole.
 
     Args:
         dtype: of the weights; None takes that of the published ones.
         overwrite: else an existing directory is refused.
+        stage: whose output the directory looks like; 1 is a plain CogVideoX, the base of them all.
 
     Returns:
         Parameters of each component.
@@ -72,7 +88,9 @@ def make_model(
         models = {
             "text_encoder": T5EncoderModel(size.t5_config(len(tokenizer))),
             "vae": AutoencoderKLCogVideoX(**size.vae),
-            "transformer": CogVideoXTransformer3DModel(**size.transformer),
+            "transformer": CogVideoXTransformer3DModel(**size.transformer)
+            if stage == 1
+            else CogVideoXControlTransformer3DModel(**size.transformer, **size.control_config()),
         }
     parameters = {name: sum(v.numel() for v in untied_state(model).values()) for name, model in models.items()}
     needed = sum(parameters.values()) * dtype.itemsize
@@ -82,13 +100,16 @@ def make_model(
         with tqdm(total=needed, unit="B", unit_scale=True, desc=output_dir.name) as progress:
             for number, (name, model) in enumerate(models.items()):
                 _write_component(model, directory / name, name, dtype, seed + number, max_shard_size, progress.update)
-        tokenizer.save_pretrained(directory / "tokenizer")
-        size.scheduler().save_pretrained(directory / "scheduler")
-        classes = {**models, "scheduler": size.scheduler(), "tokenizer": tokenizer}
-        libraries = {name: library for name, (library, _) in COMPONENTS.items()}
-        libraries |= {"scheduler": "diffusers", "tokenizer": "transformers"}
-        index = {"_class_name": "CogVideoXPipeline", "_diffusers_version": diffusers.__version__}
-        index |= {name: [libraries[name], type(classes[name]).__name__] for name in sorted(classes)}
+        scheduler = size.scheduler()
+        if stage in SCHEDULERS:
+            scheduler = SCHEDULERS[stage].from_config(scheduler.config)
+        small = {"tokenizer": tokenizer, "scheduler": scheduler}
+        if stage > 1:
+            small["control_vocabulary"] = ControlVocabulary.orthogonal(list(CONTROL_TOKENS), size.control_dim)
+        for name, component in small.items():
+            component.save_pretrained(directory / name)
+        index = {"_class_name": PIPELINES[stage], "_diffusers_version": diffusers.__version__}
+        index |= {name: [library_of(part), type(part).__name__] for name, part in sorted((models | small).items())}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +131,7 @@ def _write_component(
         model.config.save_pretrained(directory)
     else:
         model.save_config(directory)
-    write_random_weights(model, directory, COMPONENTS[name][1], dtype, seed, max_shard_size, report)
+    write_random_weights(model, directory, WEIGHTS_STEMS[name], dtype, seed, max_shard_size, report)
 
 
 def _refuse_full_disk(output_dir: Path, needed: int) -> None:
@@ -137,6 +158,9 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--size", choices=SIZES, required=True, help="CogVideoX-2B, CogVideoX-5B, or the mini world's")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline goes")
+    parser.add_argument(
+        "--stage", type=int, choices=PIPELINES, default=1, help="write what this stage makes; 1: a base"
+    )
     parser.add_argument("--small_text_encoder", action="store_true", help="two T5 layers of the same output width")
     parser.add_argument("--layers", type=COUNT, help="transformer layers, by default as published")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; float16 (2b), bfloat16 (5b), float32 (mini)")
@@ -150,7 +174,7 @@ def main() -> None:
     if args.small_text_encoder:
         size = size.with_small_text_encoder()
     dtype = DTYPES[args.dtype] if args.dtype else None
-    parameters = make_model(args.output_dir, size, dtype, args.seed, args.max_shard_size, args.overwrite)
+    parameters = make_model(args.output_dir, size, dtype, args.seed, args.max_shard_size, args.overwrite, args.stage)
     counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in parameters.items())
     print(f"random model: {args.output_dir} ({counts} parameters)")
 

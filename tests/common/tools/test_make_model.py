@@ -14,6 +14,7 @@ from transformers import T5Config, T5EncoderModel
 
 from common.cogvideox import random_weights
 from common.cogvideox.model_sizes import SIZES, ModelSize
+from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline, CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import load_components, read_model_index
 from common.cogvideox.random_weights import draw, untied_state
 from common.cogvideox.stand_in_tokenizer import make_tokenizer
@@ -202,3 +203,17 @@ def test_a_run_that_fails_leaves_the_old_model(monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, *MINI, path, "--overwrite")
     assert read_model_index(path) and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("stage", [2, 3, 4])
+def test_a_stages_output_is_complete_and_makes_video(tmp_path, stage):
+    make_model.make_model(tmp_path / "model", SIZES["mini"].with_layers(2), stage=stage)
+    kind = CogVideoXControlPipeline if stage == 2 else CogVideoXStreamingPipeline
+    pipeline = kind.from_pretrained(tmp_path / "model")
+    if stage == 2:
+        frames = pipeline("a red car", num_frames=5, num_inference_steps=1, control_signal="D", output_type="np").frames
+    else:
+        frames = next(pipeline.stream("a red car", "D", num_inference_steps=4, seed=0))
+    assert frames.std() > 0
+    assert pipeline.transformer.config.control_dim == pipeline.control_vocabulary.control_dim == 64
+    assert [*SIZES["2b"].control_config().values()][:3] == [768, 15, 30]  # as published
