@@ -5,7 +5,11 @@ layer's input (h = r·H and w = r·W for a whole number r).
 """
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d, CogVideoXSpatialNorm3D
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
+    CogVideoXCausalConv3d,
+    CogVideoXSafeConv3d,
+    CogVideoXSpatialNorm3D,
+)
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +35,19 @@ class CogVideoXOneDNNConv3d(CogVideoXSafeConv3d):
         )
 
 
+class CogVideoXTidyCausalConv3d(CogVideoXCausalConv3d):
+    """`CogVideoXCausalConv3d` whose cache always lies in memory in the same way: what was compiled for one chunk fits
+    the next."""
+
+    def forward(self, inputs: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.pad_mode == "replicate" or self.time_kernel_size == 1:
+            return super().forward(inputs, conv_cache)
+        inputs = self.fake_context_parallel_forward(inputs, conv_cache)
+        is_last = inputs.is_contiguous(memory_format=torch.channels_last_3d)
+        layout = torch.channels_last_3d if is_last else torch.contiguous_format
+        return self.conv(inputs), inputs[:, :, 1 - self.time_kernel_size :].clone(memory_format=layout)
+
+
 class CogVideoXTwoPassGroupNorm(nn.GroupNorm):
     """`GroupNorm` that stays exact when channels lie next to each other in memory.
 
@@ -41,14 +58,29 @@ class CogVideoXTwoPassGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" or input.dtype != torch.float32 or input.is_contiguous():
             return super().forward(input)
-        centred = input - self._group_mean(input)
-        gain = (self._group_mean(centred.square()) + self.eps).rsqrt() * self.weight[:, None, None, None]
-        return torch.addcmul(self.bias[:, None, None, None], centred, gain)
+        centred = input - self._group_mean(input.mean(dim=(2, 3, 4)))[:, :, None, None, None]
+        variance = self._group_mean(centred.square().mean(dim=(2, 3, 4)))
+        gain = (variance + self.eps).rsqrt() * self.weight
+        return torch.addcmul(self.bias[:, None, None, None], centred, gain[:, :, None, None, None])
 
-    def _group_mean(self, x: Tensor) -> Tensor:
-        """[B,D,t,h,w] → [B,D,1,1,1]: for every channel the mean over its group."""
-        means = x.mean(dim=(2, 3, 4)).unflatten(1, (self.num_groups, -1))  # [B,groups,D/groups]
-        return means.mean(dim=2, keepdim=True).expand_as(means).flatten(1)[:, :, None, None, None]
+    def gain_and_offset(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [B,D] each: the normed input is input · gain + offset.
+
+        From sums by channel in one pass over memory, of differences from some pixel of the channel, or the square of a
+        large mean would swallow the variance. The compiler makes more of this than of group_norm.
+        """
+        pivot = input[:, :, 0, 0, 0].float()  # [B,D]
+        shifted = input.float() - pivot[:, :, None, None, None]
+        mean, square = shifted.mean(dim=(2, 3, 4)), shifted.square().mean(dim=(2, 3, 4))
+        group_mean = self._group_mean(mean + pivot)
+        variance = self._group_mean(square - mean.square() + (mean + pivot - group_mean).square())
+        gain = (variance + self.eps).rsqrt() * self.weight.float()
+        return gain, self.bias.float() - group_mean * gain
+
+    def _group_mean(self, means: Tensor) -> Tensor:
+        """[B,D] of single channels → [B,D]: for every channel the mean over its group."""
+        groups = means.unflatten(1, (self.num_groups, -1))  # [B,groups,D/groups]
+        return groups.mean(dim=2, keepdim=True).expand_as(groups).flatten(1)
 
 
 class CogVideoXLowResolutionSpatialNorm3D(CogVideoXSpatialNorm3D):
@@ -63,11 +95,32 @@ class CogVideoXLowResolutionSpatialNorm3D(CogVideoXSpatialNorm3D):
         self, f: Tensor, zq: Tensor, conv_cache: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """[B,D,t,h,w], [B,C,F,H,W] → [B,D,t,h,w], {}."""
+        if torch.compiler.is_compiling():
+            return self._in_one_product(f, zq), {}
         scale, shift = (_repeat_frames(conv.conv(zq), f.shape[2]) for conv in (self.conv_y, self.conv_b))
         normed = self.norm_layer(f)
         tiles = normed.unflatten(4, (zq.shape[4], -1)).unflatten(3, (zq.shape[3], -1))  # a view [B,D,t,H,r,W,r]
         tiles.mul_(scale[:, :, :, :, None, :, None]).add_(shift[:, :, :, :, None, :, None])
         return normed, {}
+
+    def _in_one_product(self, f: Tensor, zq: Tensor) -> Tensor:
+        """The same with norm and modulation as one factor and one summand a low-resolution pixel, which a small product
+        makes; what is left for the layer's full size is one multiplication and one sum, and the activation after it."""
+        gain, offset = (part[:, :, None] for part in self.norm_layer.gain_and_offset(f))  # [B,D,1]
+        scale, shift = (self._weights(conv.conv) for conv in (self.conv_y, self.conv_b))  # [D,C+1]
+        weights = torch.cat([scale * gain, scale * offset + shift], dim=1)  # [B,2·D,C+1]
+        z = _repeat_frames(zq, f.shape[2]).float()
+        z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1).flatten(2)  # [B,C+1,t·H·W]
+        product = torch.bmm(z.transpose(1, 2), weights.transpose(1, 2))  # [B,t·H·W,2·D]
+        product = product.unflatten(1, (f.shape[2], *zq.shape[3:])).permute(0, 4, 1, 2, 3)  # [B,2·D,t,H,W]
+        factor, summand = product[:, :, :, :, None, :, None].chunk(2, dim=1)
+        tiles = f.unflatten(4, (zq.shape[4], -1)).unflatten(3, (zq.shape[3], -1))  # a view [B,D,t,H,r,W,r]
+        return (tiles * factor + summand).flatten(5, 6).flatten(3, 4).to(f.dtype)
+
+    @staticmethod
+    def _weights(conv: nn.Conv3d) -> Tensor:
+        """Of a convolution of one pixel, with the bias as a last column, float32 [D,C+1]."""
+        return torch.cat([conv.weight.flatten(1), conv.bias[:, None]], dim=1).float()
 
 
 def _repeat_frames(z: Tensor, num_frames: int) -> Tensor:
@@ -94,6 +147,7 @@ class CogVideoXStreamingUpsample3D(CogVideoXUpsample3D):
 
 
 FASTER_CLASSES = {
+    CogVideoXCausalConv3d: CogVideoXTidyCausalConv3d,
     CogVideoXSafeConv3d: CogVideoXOneDNNConv3d,
     nn.GroupNorm: CogVideoXTwoPassGroupNorm,
     CogVideoXSpatialNorm3D: CogVideoXLowResolutionSpatialNorm3D,

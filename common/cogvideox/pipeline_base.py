@@ -31,6 +31,11 @@ class ControlPipelineBase(CogVideoXPipeline):
         if model_dim != vocabulary_dim:
             raise UserError(f"the transformer's control_dim is {model_dim}, the control vocabulary's {vocabulary_dim}")
 
+    @property
+    def device(self) -> torch.device:
+        """Where video is denoised; the VAE may be elsewhere, and the text encoder gone."""
+        return self.transformer.device
+
     @classmethod
     def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype | None = None, **components: Any):
         """A pipeline from a directory (or hub id) that any stage wrote; `components` replace those stored there."""

@@ -166,6 +166,7 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
         seed: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         max_sequence_length: int | None = None,
+        overlap: bool = False,
     ) -> VideoStream:
         """A stream of uint8 chunks [N,h,w,3]: 1+4·W frames, then 4·W each; [B,N,h,w,3] for several prompts.
 
@@ -183,6 +184,7 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             guidance_scale, control_guidance_scale: see `guidance_branches`; 1 by default. A model with `cond_proj_dim`
                 is told the first instead of being run twice; by default the middle of the range it was taught.
             seed, generator: of everything that is drawn; a list of generators has one for each stream.
+            overlap: decode a chunk while the next shift is made, see `VideoStream`.
         """
         device, spatial = self._execution_device, self.vae_scale_factor_spatial
         default_steps = None if self.scheduler.is_distilled else 20
@@ -207,13 +209,18 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             self._denoiser(*embeds, guidance_scale, control_guidance_scale, (height, width), plan.num_frames),
             self.scheduler,
             plan,
-            StreamingDecoder(self.vae),
+            self.make_decoder(),
             self._sources(control, batch_size, is_one=batch_size == 1 and not isinstance(prompt, list)),
             (batch_size, plan.num_frames, channels, height // spatial, width // spatial),
             generator or self._seeded(seed),
             None if init_latents is None else init_latents.expand(batch_size, -1, -1, -1, -1),
             num_chunks,
+            overlap,
         )
+
+    def make_decoder(self) -> StreamingDecoder:
+        """A decoder for one new stream."""
+        return StreamingDecoder(self.vae)
 
     def _seeded(self, seed: int | None) -> torch.Generator:
         generator = torch.Generator(self._execution_device)

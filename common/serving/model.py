@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.cogvideox.compilation import compile_blocks
 from common.cogvideox.loading import device_and_dtype, load_streaming_scheduler, picture_size
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import load_component, read_model_index
+from common.cogvideox.speed import SpeedOptions, speed_up
 from common.cogvideox.streaming import VideoStream
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.errors import UserError
@@ -61,7 +61,7 @@ class ModelOptions:
     width: int | None = None
     fps: float = 16.0
     clips: Path | None = None
-    compile: bool = False
+    speed: SpeedOptions = SpeedOptions()
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class WorldModel:
         progress(0.5, f"moving the model to {device.type}")
         pipeline = pipeline.to(device)
         model = cls(pipeline, options, info)
-        if options.compile:
-            compile_blocks(pipeline.transformer)
+        speed_up(pipeline, options.speed)
+        if options.speed.compile:
             model._warm_up(progress)
         return model
 

@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options
+from common.cogvideox.speed import add_speed_options, speed_options
 from common.config.command_line import ArgumentParser, not_negative_number, positive_number, whole_number
 from common.config.errors import UserError, run_cli
 from common.serving.app import create_app, is_loopback
@@ -41,9 +42,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add_place_options(parser)
     add_sampling_options(parser)
     parser.add_argument("--threads", type=COUNT, help="CPU threads; by default PyTorch's choice")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the transformer; the first start takes a minute or two longer"
-    )
+    add_speed_options(parser)
     parser.add_argument("--frames_per_group", type=COUNT, default=1, help="latent frames per shift; 1 reacts fastest")
     parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; by default none")
     parser.add_argument("--control_guidance_scale", type=float, default=1.0, help="guidance on control; 1 for none")
@@ -120,7 +119,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     names = ModelOptions.__dataclass_fields__
-    options = ModelOptions(**{name: value for name, value in vars(args).items() if name in names})
+    options = ModelOptions(
+        **{name: value for name, value in vars(args).items() if name in names}, speed=speed_options(args)
+    )
     info = inspect_model(options)
     listener = listen(args.host, args.port)
     # uvicorn stops cleanly at either signal and then raises it anew: to us that is the end, not an error.

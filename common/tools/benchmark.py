@@ -1,11 +1,16 @@
 """How fast a stage 3 or 4 model streams, and where the time goes.
 
     python -m common.tools.benchmark --model_path outputs/miniworld/stage4 --device cpu
+    python -m common.tools.benchmark --model_path models/random-2b-stage4 --ablation
 
 Streams for --seconds after a warm-up, shows a table and writes the same figures as JSON. Every chunk is one window
-shift: the transformer's forwards, the VAE's decode, and the transfer (rounding to uint8, copy to host). A chunk's
-time is wall-clock, from asking for it to having its frames in host memory; on a GPU its three parts are timed by CUDA
-events. The first chunk, which also samples the window from the prompt, is listed by itself.
+shift: the transformer's forwards, the VAE's decode, and the transfer (rounding to uint8, copy to host). They are timed
+one after the other, on a GPU by CUDA events; "chunk" is their wall-clock time, from reading the command to having the
+frames in host memory. Frames per second are of a stream that decodes a chunk while it makes the next shift; "interval"
+is the time between its chunks. The first chunk, which also samples the window from the prompt, is listed by itself.
+
+--ablation does so again and again, with one change more each time, in one process: what each is worth, and what it
+costs in exactness against a float32 run of the same weights.
 
 Shapes: B batch, F latent frames of a window, N raw frames of a chunk, h w pixels.
 """
@@ -21,18 +26,26 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
+from torch import Tensor
 
-from common.cogvideox.autoencoder import to_uint8
-from common.cogvideox.compilation import compile_blocks
-from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options
+from common.cogvideox.autoencoder import to_levels
+from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options, device_and_dtype
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.speed import SpeedOptions, add_speed_options, speed_options, speed_up
 from common.cogvideox.streaming import VideoStream
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable
 from common.config.errors import UserError, run_cli
-from common.tools.inference import OUT_OF_MEMORY_HELP, generator_for, load_pipeline, load_scheduler
+from common.tools.inference import OUT_OF_MEMORY_HELP, generator_for, load_scheduler, load_streaming_pipeline
 from common.training.throughput import peak_memory_gib
 
 PARTS = ("transformer", "vae", "transfer")
+PARTS_SECONDS = 10.0  # the longest that parts are timed
+# One more at a time, in this order; the first two leave results as they are, but for rounding.
+CHANGES = {
+    "compiled": SpeedOptions(compile=True),
+    "decoding beside the next shift": None,
+    "float8": SpeedOptions(float8=True, compile=True),
+}
 
 
 def device_clock(device: torch.device) -> tuple[Callable[[], object], Callable[[list], list[float]]]:
@@ -59,7 +72,7 @@ def time_chunk(stream: VideoStream, device: torch.device) -> tuple[tuple[int, ..
     marks.append(mark())
     frames = stream.decoder.decode(latents)  # [B,N,3,h,w]
     marks.append(mark())
-    levels = to_uint8(frames)  # waits for the device
+    levels = to_levels(frames).cpu()  # waits for the device
     marks.append(mark())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -67,31 +80,50 @@ def time_chunk(stream: VideoStream, device: torch.device) -> tuple[tuple[int, ..
     return levels.shape, dict(zip(PARTS, read(marks), strict=True)) | {"chunk": total}
 
 
-def measure(stream: VideoStream, device: torch.device, seconds: float, warmup: int) -> dict:
-    """Takes the first chunk, `warmup` more, and then chunks for `seconds` (two at least) → figures, times in ms."""
+def time_parts(stream: VideoStream, device: torch.device, seconds: float, warmup: int) -> dict:
+    """The first chunk, `warmup` more that do not count, then chunks for `seconds` (two at least); → figures in ms."""
     shape, first = time_chunk(stream, device)
     first["frames"] = shape[1]
     for _ in range(warmup):
         time_chunk(stream, device)
     times, started = [], time.perf_counter()
-    while len(times) < 2 or time.perf_counter() - started < seconds:
+    while len(times) < 2 or time.perf_counter() - started < min(seconds, PARTS_SECONDS):
         (batch_size, num_frames, height, width, _), parts = time_chunk(stream, device)
         times.append(parts)
-    elapsed = time.perf_counter() - started
     columns = {name: [parts[name] for parts in times] for name in (*PARTS, "chunk")}
     return {
-        "fps": len(times) * num_frames / elapsed,  # of each stream
         "streams": batch_size,
         "height": height,
         "width": width,
-        "chunks": len(times),
         "frames_per_chunk": num_frames,
         "forwards_per_chunk": len(stream.plan.steady),
         "first_chunk": first,
         "median": {name: float(np.percentile(column, 50)) for name, column in columns.items()},
         "p99": {name: float(np.percentile(column, 99, method="inverted_cdf")) for name, column in columns.items()},
-        "peak_memory_gib": peak_memory_gib(device),
     }
+
+
+def time_stream(stream: VideoStream, seconds: float) -> dict:
+    """Takes chunks as a user does, for `seconds` (two at least); → chunks, frames a second, intervals in ms."""
+    next(stream)
+    marks = [time.perf_counter()]
+    while len(marks) < 3 or marks[-1] - marks[0] < seconds:
+        num_frames = next(stream).shape[-4]
+        marks.append(time.perf_counter())
+    intervals = [1000 * (after - before) for before, after in pairwise(marks)]
+    return {
+        "fps": len(intervals) * num_frames / (marks[-1] - marks[0]),  # of each stream
+        "chunks": len(intervals),
+        "interval": {
+            "median": float(np.percentile(intervals, 50)),
+            "p99": float(np.percentile(intervals, 99, method="inverted_cdf")),
+        },
+    }
+
+
+def measure(stream: VideoStream, device: torch.device, seconds: float, warmup: int) -> dict:
+    parts = time_parts(stream, device, seconds, warmup)
+    return parts | time_stream(stream, seconds) | {"peak_memory_gib": peak_memory_gib(device)}
 
 
 def surroundings(pipeline: CogVideoXStreamingPipeline) -> dict:
@@ -113,14 +145,27 @@ def table(figures: dict) -> str:
     for name in (*PARTS, "chunk"):
         columns = (figures[column][name] for column in ("median", "p99", "first_chunk"))
         rows.append(f"{name:<12}" + "".join(f"{value:>10.1f}" for value in columns))
+    rows.append(f"{'interval':<12}{figures['interval']['median']:>10.1f}{figures['interval']['p99']:>10.1f}")
     streams = f"{figures['streams']} × " if figures["streams"] > 1 else ""
     per_chunk = f"{figures['frames_per_chunk']} a chunk, {figures['forwards_per_chunk']} forwards each"
     place = f"{figures['device']}, {figures['threads']} CPU threads, {figures['dtype']}, torch {figures['torch']}"
     return "\n".join([
         *rows,
         f"{streams}{figures['fps']:.1f} frames a second of {figures['width']}×{figures['height']}: {per_chunk}",
-        f"{figures['chunks']} chunks; peak memory {figures['peak_memory_gib']:.2f} GiB; {place}",
+        f"{figures['chunks']} chunks; ready after {figures['ready_s']:.0f} s; "
+        f"peak memory {figures['peak_memory_gib']:.2f} GiB; {place}",
     ])  # fmt: skip
+
+
+def ablation_table(rows: list[dict]) -> str:
+    names = ("transformer", "vae", "transfer", "chunk", "interval")
+    lines = [f"{'ms':<34}" + "".join(f"{name:>13}" for name in names) + f"{'FPS':>8}{'error':>9}{'in pixels':>11}"]
+    for row in rows:
+        times = (row["interval"]["median"] if name == "interval" else row["median"][name] for name in names)
+        values = "".join(f"{value:>13.1f}" for value in times)
+        errors = f"{100 * row['error']['transformer']:>8.2f}%{100 * row['error']['pixels']:>10.2f}%"
+        lines.append(f"{row['change']:<34}{values}{row['fps']:>8.1f}{errors}")
+    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -136,9 +181,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--control_guidance_scale", type=float, default=1.0, help="guidance on control; 1 for none")
     add_place_options(parser)
     parser.add_argument("--threads", type=COUNT, help="CPU threads; by default PyTorch's choice")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the transformer; the first chunks take a minute or two"
-    )
+    add_speed_options(parser)
+    parser.add_argument("--ablation", action="store_true", help="measure one change after the other instead")
     parser.add_argument("--seed", type=int, default=42, help="of everything that is drawn")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="JSON file to write")
     args = parser.parse_args()
@@ -148,25 +192,75 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def benchmark(args: argparse.Namespace) -> dict:
-    """Loads the model, streams, → figures."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    scheduler = load_scheduler(args)
-    pipeline = load_pipeline(CogVideoXStreamingPipeline, args, scheduler=scheduler)
-    if args.compile:
-        compile_blocks(pipeline.transformer)
-    stream = pipeline.stream(
-        [args.prompt] * args.batch_size,
+def open_stream(
+    pipeline: CogVideoXStreamingPipeline, embeds: dict[str, Tensor], args: argparse.Namespace, overlap: bool
+) -> VideoStream:
+    return pipeline.stream(
+        None,
+        None if args.batch_size == 1 else [None] * args.batch_size,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         control_guidance_scale=args.control_guidance_scale,
         height=args.height,
         width=args.width,
         generator=generator_for(pipeline, args.seed),
+        overlap=overlap,
+        **embeds,
     )
-    figures = measure(stream, pipeline.device, args.seconds, args.warmup)
-    return {"model": str(args.model_path), **figures, **surroundings(pipeline), "compiled": args.compile}
+
+
+def benchmark(args: argparse.Namespace) -> dict:
+    """Loads the model, streams, → figures; of --ablation those of all rows, under "rows"."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    started = time.perf_counter()
+    dtype = device_and_dtype(args.device, args.dtype)[1]
+    if args.ablation:
+        args.dtype = "float32"
+    prompts, scheduler = [args.prompt] * args.batch_size, load_scheduler(args)
+    pipeline, embeds = load_streaming_pipeline(args, prompts, scheduler=scheduler)
+    about = {"model": str(args.model_path)}
+    if args.ablation:
+        return about | {"rows": ablation(pipeline, embeds, args, dtype)} | surroundings(pipeline)
+    stream = open_stream(pipeline, embeds, args, overlap=True)
+    next(stream)  # two kinds of chunk: the first, and all others
+    next(stream)
+    about |= {"ready_s": time.perf_counter() - started, **vars(speed_options(args))}
+    stream = open_stream(pipeline, embeds, args, overlap=True)
+    return about | measure(stream, pipeline.device, args.seconds, args.warmup) | surroundings(pipeline)
+
+
+@torch.no_grad()
+def outputs(pipeline: CogVideoXStreamingPipeline, stream: VideoStream, seed: int) -> dict[str, Tensor]:
+    """What the transformer says of a window of noise, and the VAE of some latents: float32 on the CPU."""
+    generator, plan = torch.Generator().manual_seed(seed), stream.plan
+    latents = torch.randn(stream.latent_shape, generator=generator).to(pipeline.device)
+    raw_frames = [[[0] * pipeline.vae_scale_factor_temporal] * plan.num_frames] * len(latents)
+    control = stream.denoiser.control_embeds(raw_frames)
+    told = plan.steady[0].timesteps
+    decoder = pipeline.make_decoder()
+    pixels = [decoder.decode(piece) for piece in latents[:, :5].split([3, 2], dim=1)]
+    return {"transformer": stream.denoiser(latents, told, control).cpu(), "pixels": torch.cat(pixels, 1).float().cpu()}
+
+
+def ablation(
+    pipeline: CogVideoXStreamingPipeline, embeds: dict[str, Tensor], args: argparse.Namespace, dtype: torch.dtype
+) -> list[dict]:
+    """Rows of figures, each with one change more than the one before; the pipeline comes in float32."""
+    exact = outputs(pipeline, open_stream(pipeline, embeds, args, overlap=False), args.seed)
+    pipeline.to(dtype)
+    rows, is_overlapped = [], False
+    for name, options in {"eager": SpeedOptions(), **CHANGES}.items():
+        if options is None:
+            is_overlapped = True
+        else:
+            speed_up(pipeline, options)
+        found = outputs(pipeline, open_stream(pipeline, embeds, args, overlap=False), args.seed)
+        error = {part: ((found[part] - exact[part]).norm() / exact[part].norm()).item() for part in exact}
+        stream = open_stream(pipeline, embeds, args, overlap=is_overlapped)
+        figures = measure(stream, pipeline.device, args.seconds, args.warmup)
+        rows.append({"change": name if not rows else f"+ {name}", "error": error, **figures})
+    return rows
 
 
 def main() -> None:
@@ -174,7 +268,7 @@ def main() -> None:
     figures = benchmark(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n")
-    print(table(figures))
+    print(ablation_table(figures["rows"]) if args.ablation else table(figures))
     print(f"written to {args.output}")
 
 

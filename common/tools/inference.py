@@ -26,6 +26,7 @@ from common.cogvideox.loading import (
 )
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import read_model_index
+from common.cogvideox.speed import add_speed_options, speed_options, speed_up
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError
@@ -97,10 +98,34 @@ def read_control(args: argparse.Namespace) -> list[str] | None:
 
 def load_pipeline(pipeline_class: type, args: argparse.Namespace, **components: Any) -> Any:
     """The pipeline of --model_path on its device, quiet enough for a terminal."""
+    pipeline, device = read_pipeline(pipeline_class, args, **components)
+    return pipeline.to(device)
+
+
+def read_pipeline(pipeline_class: type, args: argparse.Namespace, **components: Any) -> tuple[Any, torch.device]:
+    """The pipeline of --model_path in host memory, and where it shall go."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     read_model_index(args.model_path, expected=pipeline_class.__name__)
     device, dtype = device_and_dtype(args.device, args.dtype)
-    return pipeline_class.from_pretrained(args.model_path, torch_dtype=dtype, **components).to(device)
+    return pipeline_class.from_pretrained(args.model_path, torch_dtype=dtype, **components), device
+
+
+def load_streaming_pipeline(
+    args: argparse.Namespace, prompt: str | list[str], negative_prompt: str = "", **components: Any
+) -> tuple[CogVideoXStreamingPipeline, dict[str, torch.Tensor]]:
+    """The pipeline of --model_path with the speed options applied, and the prompt as arguments of `stream`.
+
+    The text encoder has the device for itself and is gone afterwards: T5-XXL takes more memory than all the rest.
+    """
+    pipeline, device = read_pipeline(CogVideoXStreamingPipeline, args, **components)
+    pipeline.text_encoder.to(device)
+    length = pipeline.transformer.config.max_text_seq_length
+    with torch.no_grad():
+        embeds = pipeline.encode_prompt(prompt, negative_prompt, max_sequence_length=length, device=device)
+    pipeline.text_encoder = None
+    pipeline.to(device)
+    speed_up(pipeline, speed_options(args))
+    return pipeline, dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
 
 
 def generator_for(pipeline: Any, seed: int) -> torch.Generator:
@@ -166,6 +191,7 @@ def stream(description: str | None) -> None:
     parser = make_parser(description)
     add_control_options(parser)
     add_stream_options(parser)
+    add_speed_options(parser)
     args = parse_arguments(parser)
     control = read_control(args)
     total = max(round(args.seconds * args.fps), 1) if args.seconds else None
@@ -175,20 +201,21 @@ def stream(description: str | None) -> None:
         total = len(control)
     scheduler = load_scheduler(args)
     init_video = read_init_video(args, scheduler) if args.init_video else None
-    pipeline = load_pipeline(CogVideoXStreamingPipeline, args, scheduler=scheduler)
+    pipeline, embeds = load_streaming_pipeline(args, args.prompt, args.negative_prompt, scheduler=scheduler)
     is_distilled = hasattr(scheduler, "num_phases")
     default_guidance = 1.0 if is_distilled else 6.0
     chunks = pipeline.stream(
-        args.prompt,
+        None,
         control,
         init_video,
+        **embeds,
         num_chunks=args.groups,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=default_guidance if args.guidance_scale is None else args.guidance_scale,
         control_guidance_scale=args.control_guidance_scale,
-        negative_prompt=args.negative_prompt,
         height=args.height,
         width=args.width,
         generator=generator_for(pipeline, args.seed),
+        overlap=True,
     )
     save(args, chunks, control, total)

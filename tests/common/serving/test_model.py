@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from common.cogvideox.speed import SpeedOptions
 from common.serving.model import Start, WorldModel
 
 
 def test_a_compiled_model_is_ready_when_loaded_and_makes_the_same_world(tiny_world_model):
     plain = tiny_world_model
     told = []
-    options = replace(plain.options, compile=True)
+    options = replace(plain.options, speed=SpeedOptions(compile=True))
     try:
         compiled = WorldModel.load(options, plain.info, lambda share, message: told.append((share, message)))
         shares = [share for share, _ in told]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from common.tools import benchmark
 
@@ -24,7 +25,28 @@ def test_benchmark_of_a_streaming_model(run_program, tiny_models, tmp_path, stag
         assert all(figures[column][part] > 0 for part in PARTS)
     assert sum(figures["first_chunk"][part] for part in PARTS) <= figures["first_chunk"]["chunk"] * 1.01
     assert figures["median"]["chunk"] <= figures["p99"]["chunk"] and figures["peak_memory_gib"] > 0
+    assert 0 < figures["interval"]["median"] <= figures["interval"]["p99"] and figures["ready_s"] > 0
     assert f"2 × {figures['fps']:.1f} frames a second of 48×32" in said
+
+
+def test_ablation_adds_one_change_after_the_other(run_program, tiny_models, tmp_path, monkeypatch):
+    """In bfloat16 with PyTorch's eager backend: what is compiled is not our subject here, and takes minutes."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **more: compile_(self, **(more | {"backend": "eager", "options": None})),
+    )
+    output = tmp_path / "figures.json"
+    brief = ["--seconds", "0.01", "--warmup", "1", "--device", "cpu", "--dtype", "bfloat16", "--ablation"]
+    said = run_program("common/tools/benchmark.py", "--model_path", tiny_models / "stage4", *brief, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["change"] for row in rows] == ["eager", *(f"+ {name}" for name in benchmark.CHANGES)]
+    errors = [row["error"]["transformer"] for row in rows]
+    assert 0 < errors[0] < 0.02 and errors[0] == pytest.approx(errors[1], rel=0.5)  # bfloat16, eager and compiled
+    assert 1.2 * errors[1] < errors[-1] < 0.1  # float8
+    assert all(0 < row["error"]["pixels"] < 0.05 and row["fps"] > 0 for row in rows)
+    assert all(row["change"] in said for row in rows)
 
 
 @pytest.mark.parametrize(
