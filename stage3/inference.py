@@ -2,6 +2,7 @@
 
 python stage3/inference.py --model_path outputs/stage3 --prompt "…" --control "D*160,DL*160" --output drive.mp4
 python stage3/inference.py --model_path outputs/stage3 --prompt "…" --control "D*1" --seconds 600 --output drive.mp4
+torchrun --nproc_per_node 2 stage3/inference.py --model_path outputs/stage3 …   # one stream on two GPUs
 """
 
 from common.config.errors import run_cli

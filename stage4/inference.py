@@ -2,6 +2,7 @@
 
 python stage4/inference.py --model_path outputs/stage4 --prompt "…" --control "D*160,DL*160" --output drive.mp4
 python stage4/inference.py --model_path outputs/stage4 --prompt "…" --init_video start.mp4 --seconds 60
+torchrun --nproc_per_node 2 stage4/inference.py --model_path outputs/stage4 …   # one stream on two GPUs
 """
 
 from common.config.errors import run_cli

@@ -10,6 +10,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.cogvideox.context_parallel import compiled_attention
+
 
 class CogVideoXDispatchAttnProcessor:
     """diffusers' `CogVideoXAttnProcessor2_0`, with the attention product left to `dispatch_attention_fn`.
@@ -47,12 +49,18 @@ class CogVideoXDispatchAttnProcessor:
             query = _rotate_video_tokens(query, num_text_tokens, image_rotary_emb)
             key = _rotate_video_tokens(key, num_text_tokens, image_rotary_emb)
 
-        tokens = dispatch_attention_fn(
-            *(x.transpose(1, 2) for x in (query, key, value)),  # [B,L+F·S,h,d]: the dispatcher's layout
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B,L+F·S,h,d]: the dispatcher's layout
+        if self._parallel_config is not None and torch.compiler.is_compiling():
+            tokens = compiled_attention(query, key, value, self._parallel_config, self._attention_backend)
+        else:
+            tokens = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
         tokens = attn.to_out[1](attn.to_out[0](tokens.flatten(2)))  # projection, dropout: [B,L+F·S,D]
         return tokens[:, num_text_tokens:], tokens[:, :num_text_tokens]
 

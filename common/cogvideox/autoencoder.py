@@ -9,7 +9,6 @@ Shapes: B batch, F latent frames of a chunk, N raw frames (4·(F−1)+1 of a fir
 channels, H W latent height/width, h w pixels.
 """
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXUpBlock3D
@@ -17,6 +16,7 @@ from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor, nn
 
 from common.cogvideox.autoencoder_layers import FASTER_CLASSES, CogVideoXStreamingUpsample3D, swap_classes
+from common.cogvideox.chunk_decoder import ChunkDecoder
 
 
 class CogVideoXStreamingUpBlock3D(CogVideoXUpBlock3D):
@@ -64,12 +64,6 @@ def make_streamable(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
     return vae
 
 
-def to_levels(frames: Tensor) -> Tensor:
-    """[…,3,h,w] of [−1,1] → uint8 […,h,w,3], rounded and transposed where `frames` live."""
-    levels = ((frames.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-    return levels.movedim(-3, -1).contiguous()
-
-
 def as_weights_lie(z: Tensor, decoder: nn.Module) -> Tensor:
     """[B,C,F,H,W] with channels last if the decoder's weights are so (`compile_decoder`)."""
     weight = decoder.conv_in.conv.weight
@@ -77,22 +71,8 @@ def as_weights_lie(z: Tensor, decoder: nn.Module) -> Tensor:
     return z.contiguous(memory_format=torch.channels_last_3d) if is_last else z
 
 
-class PendingFrames:
-    """Frames that a device may still be computing: uint8 [B,N,h,w,3] in host memory once `result` returns."""
-
-    def __init__(self, levels: Tensor, done: torch.cuda.Event | None = None):
-        self._levels, self._done = levels, done
-
-    def result(self) -> np.ndarray:
-        """Waits for the frames; [N,h,w,3] for a batch of one."""
-        if self._done is not None:
-            self._done.synchronize()
-        frames = self._levels.numpy()
-        return frames[0] if len(frames) == 1 else frames
-
-
-class StreamingDecoder:
-    """One stream's decoder: chunks of latents in, their frames out; what the next chunk needs is kept in here.
+class StreamingDecoder(ChunkDecoder):
+    """The VAE's decoder for one stream, with its convolution cache.
 
     The VAE itself keeps nothing, so any number of streams can share it, and a new stream starts fresh. The result
     equals decoding everything at once with the same chunking (GroupNorm takes its statistics over a chunk).
@@ -102,20 +82,12 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLCogVideoX):
+        super().__init__(vae.device)
         self.vae = make_streamable(vae)
         self._conv_cache: dict | None = None
-        self._stream = torch.cuda.Stream(vae.device) if vae.device.type == "cuda" else None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The next chunk.
-
-        Args:
-            latents: [B,F,C,H,W] as the transformer makes them, that is scaled; any type, any F ≥ 1.
-
-        Returns:
-            [B,N,3,h,w], about [−1,1], in the VAE's type and on its device.
-        """
         config, vae = self.vae.config, self.vae
         z = latents.to(vae.device, non_blocking=True).float() / config.scaling_factor
         z = z.to(vae.dtype).transpose(1, 2)  # [B,C,F,H,W]
@@ -127,29 +99,11 @@ class StreamingDecoder:
             frames.append(decoded)
         return torch.cat(frames, dim=2).transpose(1, 2)
 
-    def submit(self, latents: Tensor) -> PendingFrames:
-        """As `decode_uint8`, without waiting: a GPU decodes, rounds and copies to pinned memory beside whatever else it
-        and others do."""
-        if self._stream is None:
-            return PendingFrames(to_levels(self.decode(latents)))
-        if latents.is_cuda:
-            self._stream.wait_stream(torch.cuda.current_stream(latents.device))
-        if latents.device == self._stream.device:
-            latents.record_stream(self._stream)  # its memory is not given to others before this stream has read it
-        with torch.cuda.stream(self._stream):
-            levels = to_levels(self.decode(latents))
-            host = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True).copy_(levels, non_blocking=True)
-            return PendingFrames(host, self._stream.record_event())
-
     def _piece_lengths(self, num_frames: int) -> list[int]:
         """Two latents at a time, as the VAE was trained to decode; the first of a stream takes the odd one as well."""
         first = min(2 + num_frames % 2, num_frames) if self._conv_cache is None else min(2, num_frames)
         rest = num_frames - first
         return [first, *[2] * (rest // 2), *[1] * (rest % 2)]
-
-    def decode_uint8(self, latents: Tensor) -> np.ndarray:
-        """As `decode`, → uint8 [N,h,w,3] for a batch of one, else [B,N,h,w,3]."""
-        return self.submit(latents).result()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from common.cogvideox.autoencoder import StreamingDecoder
+from common.cogvideox.chunk_decoder import ChunkDecoder
 from common.cogvideox.guidance import GuidedDenoiser
 from common.cogvideox.noise_schedule import apply_step
 from common.cogvideox.signal_sources import SignalSource
@@ -45,7 +45,7 @@ class VideoStream(Iterator[np.ndarray]):
         denoiser: GuidedDenoiser,
         scheduler: SwinSchedulerMixin,
         plan: WindowPlan,
-        decoder: StreamingDecoder,
+        decoder: ChunkDecoder,
         sources: Sequence[SignalSource],
         latent_shape: Sequence[int],
         generator: torch.Generator | list[torch.Generator],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.embeddings import TimestepEmbedding, get_1d_sincos_pos_embed_from_grid
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
@@ -38,6 +39,10 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
 
     _repeated_blocks = ["CogVideoXBlock", "ControlBlock"]
     _no_split_modules = ["CogVideoXBlock", "CogVideoXPatchEmbed", "ControlBlock"]
+    _cp_plan = {  # see context_parallel.py; both take [·,F,S,·]
+        "divide_tokens": {"input": ContextParallelInput(split_dim=2)},
+        "gather_tokens": ContextParallelOutput(gather_dim=2),
+    }
 
     @register_to_config
     def __init__(
@@ -128,6 +133,7 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
                 for _ in range(control_start_layer, control_end_layer)
             )
         self.set_attn_processor(self._default_attn_processors())
+        self.divide_tokens, self.gather_tokens = nn.Identity(), nn.Identity()  # where context parallelism takes hold
 
     def _patch_per_frame_norms(self, dim: int, time_embed_dim: int, affine: bool, eps: float) -> None:
         """Replaces adaLN by classes with the same parameters that also take one timestep a frame."""
@@ -183,7 +189,12 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         if self.config.control_temporal_position:
             dim = self.config.num_attention_heads * self.config.attention_head_dim
             position = get_1d_sincos_pos_embed_from_grid(dim, torch.arange(num_frames, device=device)).to(dtype)
+        bias = self._own_tokens(bias[None], num_frames)[0]
         return self.control_embedding(control_embeds.to(dtype)), bias, position
+
+    def _own_tokens(self, tokens: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """[·,F·S,·] → [·,F·Sₚ,·]: of every frame the tokens that this process has; all, without context parallelism."""
+        return self.divide_tokens(tokens.unflatten(1, (num_frames, -1))).flatten(1, 2)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -226,7 +237,10 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
             control = self._control_inputs(control_embeds, tokens_per_frame, hidden_states.dtype)
 
         tokens = self.embedding_dropout(self.patch_embed(encoder_hidden_states, hidden_states))  # [B,L+F·S,D]
-        text, video = tokens[:, :num_text_tokens], tokens[:, num_text_tokens:]
+        text = self._own_tokens(tokens[:, :num_text_tokens], 1)
+        video = self._own_tokens(tokens[:, num_text_tokens:], num_frames)
+        if image_rotary_emb is not None:
+            image_rotary_emb = tuple(self._own_tokens(table[None], num_frames)[0] for table in image_rotary_emb)
         for layer, block in enumerate(self.transformer_blocks):
             video, text = self._run(block, video, text, temb, image_rotary_emb, attention_kwargs)
             if control is not None and self.config.control_start_layer <= layer < self.config.control_end_layer:
@@ -235,6 +249,7 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
                 video = self._run(control_block, video, control_tokens, temb, bias, position)
 
         video = self.proj_out(self.norm_out(self.norm_final(video), temb=temb))  # [B,F·S,C·p·p]
+        video = self.gather_tokens(video.unflatten(1, (num_frames, -1)))
         output = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
         output = output.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # [B,F,C,H,W]
         if not return_dict:

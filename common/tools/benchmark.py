@@ -2,6 +2,7 @@
 
     python -m common.tools.benchmark --model_path outputs/miniworld/stage4 --device cpu
     python -m common.tools.benchmark --model_path models/random-2b-stage4 --ablation
+    torchrun --nproc_per_node 2 -m common.tools.benchmark --model_path outputs/stage4   # one stream on two GPUs
 
 Streams for --seconds after a warm-up, shows a table and writes the same figures as JSON. Every chunk is one window
 shift: the transformer's forwards, the VAE's decode, and the transfer (rounding to uint8, copy to host). They are timed
@@ -28,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cogvideox.autoencoder import to_levels
+from common.cogvideox.chunk_decoder import to_levels
+from common.cogvideox.context_parallel import context_parallel_from_environment, made_together, num_processes
 from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options, device_and_dtype
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.speed import SpeedOptions, add_speed_options, speed_options, speed_up
@@ -133,6 +135,7 @@ def surroundings(pipeline: CogVideoXStreamingPipeline) -> dict:
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
+        "processes": num_processes(),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -209,25 +212,31 @@ def open_stream(
     )
 
 
-def benchmark(args: argparse.Namespace) -> dict:
-    """Loads the model, streams, → figures; of --ablation those of all rows, under "rows"."""
+def benchmark(args: argparse.Namespace) -> dict | None:
+    """Loads the model, streams, → figures; of --ablation those of all rows, under "rows".
+
+    None in the processes that only help the first one.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
     dtype = device_and_dtype(args.device, args.dtype)[1]
     if args.ablation:
+        if num_processes() > 1:
+            raise UserError("--ablation compares settings of one process; start it without torchrun")
         args.dtype = "float32"
     prompts, scheduler = [args.prompt] * args.batch_size, load_scheduler(args)
     pipeline, embeds = load_streaming_pipeline(args, prompts, scheduler=scheduler)
     about = {"model": str(args.model_path)}
     if args.ablation:
         return about | {"rows": ablation(pipeline, embeds, args, dtype)} | surroundings(pipeline)
-    stream = open_stream(pipeline, embeds, args, overlap=True)
-    next(stream)  # two kinds of chunk: the first, and all others
-    next(stream)
+    with made_together(open_stream(pipeline, embeds, args, overlap=True)) as warm_up:
+        for _ in range(2 if warm_up else 0):  # two kinds of chunk: the first, and all others
+            next(warm_up)
     about |= {"ready_s": time.perf_counter() - started, **vars(speed_options(args))}
-    stream = open_stream(pipeline, embeds, args, overlap=True)
-    return about | measure(stream, pipeline.device, args.seconds, args.warmup) | surroundings(pipeline)
+    with made_together(open_stream(pipeline, embeds, args, overlap=True)) as stream:
+        figures = measure(stream, pipeline.device, args.seconds, args.warmup) if stream else None
+    return about | figures | surroundings(pipeline) if figures else None
 
 
 @torch.no_grad()
@@ -265,7 +274,10 @@ def ablation(
 
 def main() -> None:
     args = parse_arguments()
-    figures = benchmark(args)
+    with context_parallel_from_environment(args.device):
+        figures = benchmark(args)
+    if figures is None:
+        return
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n")
     print(ablation_table(figures["rows"]) if args.ablation else table(figures))

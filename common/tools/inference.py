@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.cogvideox.context_parallel import (
+    context_parallel_from_environment,
+    is_first_process,
+    made_together,
+    shard_over_processes,
+)
 from common.cogvideox.loading import (
     COUNT,
     add_place_options,
@@ -103,8 +110,8 @@ def load_pipeline(pipeline_class: type, args: argparse.Namespace, **components: 
 
 
 def read_pipeline(pipeline_class: type, args: argparse.Namespace, **components: Any) -> tuple[Any, torch.device]:
-    """The pipeline of --model_path in host memory, and where it shall go."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """The pipeline of --model_path in host memory, and where it shall go. Only the first process of a launch talks."""
+    logging.basicConfig(level=logging.INFO if is_first_process() else logging.ERROR, format="%(message)s")
     read_model_index(args.model_path, expected=pipeline_class.__name__)
     device, dtype = device_and_dtype(args.device, args.dtype)
     return pipeline_class.from_pretrained(args.model_path, torch_dtype=dtype, **components), device
@@ -113,9 +120,10 @@ def read_pipeline(pipeline_class: type, args: argparse.Namespace, **components: 
 def load_streaming_pipeline(
     args: argparse.Namespace, prompt: str | list[str], negative_prompt: str = "", **components: Any
 ) -> tuple[CogVideoXStreamingPipeline, dict[str, torch.Tensor]]:
-    """The pipeline of --model_path with the speed options applied, and the prompt as arguments of `stream`.
+    """The pipeline of --model_path as the speed options ask for it, and the prompt as arguments of `stream`.
 
-    The text encoder has the device for itself and is gone afterwards: T5-XXL takes more memory than all the rest.
+    All processes of a launch share the transformer. The text encoder has the device for itself and is gone afterwards:
+    T5-XXL takes more memory than all the rest.
     """
     pipeline, device = read_pipeline(CogVideoXStreamingPipeline, args, **components)
     pipeline.text_encoder.to(device)
@@ -124,7 +132,9 @@ def load_streaming_pipeline(
         embeds = pipeline.encode_prompt(prompt, negative_prompt, max_sequence_length=length, device=device)
     pipeline.text_encoder = None
     pipeline.to(device)
-    speed_up(pipeline, speed_options(args))
+    shard_over_processes(pipeline.transformer)
+    options = speed_options(args)
+    speed_up(pipeline, options if is_first_process() else replace(options, decode_device=None))  # who decodes nothing
     return pipeline, dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
 
 
@@ -187,7 +197,10 @@ def load_scheduler(args: argparse.Namespace) -> SwinSchedulerMixin:
 
 
 def stream(description: str | None) -> None:
-    """`inference.py` of stages 3 and 4: streams a video to a file. What can be checked is, before weights are read."""
+    """`inference.py` of stages 3 and 4: streams a video to a file. What can be checked is, before weights are read.
+
+    Started by torchrun, all processes share the transformer's work, and the first one decodes and writes.
+    """
     parser = make_parser(description)
     add_control_options(parser)
     add_stream_options(parser)
@@ -199,23 +212,26 @@ def stream(description: str | None) -> None:
         if control is None:
             raise UserError("how long? give --seconds or --groups, or a control string that says it")
         total = len(control)
-    scheduler = load_scheduler(args)
-    init_video = read_init_video(args, scheduler) if args.init_video else None
-    pipeline, embeds = load_streaming_pipeline(args, args.prompt, args.negative_prompt, scheduler=scheduler)
-    is_distilled = hasattr(scheduler, "num_phases")
-    default_guidance = 1.0 if is_distilled else 6.0
-    chunks = pipeline.stream(
-        None,
-        control,
-        init_video,
-        **embeds,
-        num_chunks=args.groups,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=default_guidance if args.guidance_scale is None else args.guidance_scale,
-        control_guidance_scale=args.control_guidance_scale,
-        height=args.height,
-        width=args.width,
-        generator=generator_for(pipeline, args.seed),
-        overlap=True,
-    )
-    save(args, chunks, control, total)
+    with context_parallel_from_environment(args.device):
+        scheduler = load_scheduler(args)
+        init_video = read_init_video(args, scheduler) if args.init_video else None
+        pipeline, embeds = load_streaming_pipeline(args, args.prompt, args.negative_prompt, scheduler=scheduler)
+        is_distilled = hasattr(scheduler, "num_phases")
+        default_guidance = 1.0 if is_distilled else 6.0
+        chunks = pipeline.stream(
+            None,
+            control,
+            init_video,
+            **embeds,
+            num_chunks=args.groups,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=default_guidance if args.guidance_scale is None else args.guidance_scale,
+            control_guidance_scale=args.control_guidance_scale,
+            height=args.height,
+            width=args.width,
+            generator=generator_for(pipeline, args.seed),
+            overlap=True,
+        )
+        with made_together(chunks) as stream_here:
+            if stream_here:
+                save(args, stream_here, control, total)

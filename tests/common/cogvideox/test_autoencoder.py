@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from common.cogvideox.autoencoder import StreamingDecoder, encode_frames, make_streamable, to_levels, use_fast_layers
+from common.cogvideox.autoencoder import StreamingDecoder, encode_frames, make_streamable, use_fast_layers
 from common.cogvideox.autoencoder_layers import CogVideoXTwoPassGroupNorm
+from common.cogvideox.chunk_decoder import to_levels
 
 
 def make_vae(seed=0, **config):
