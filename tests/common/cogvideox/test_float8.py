@@ -1,0 +1,52 @@
+"""Linear layers in float8 against float64, and which layers of a transformer become such."""
+
+import pytest
+import torch
+from torch import nn
+
+from common.cogvideox.float8 import Float8Linear, use_float8
+from common.cogvideox.pipeline_io import load_component
+
+
+def test_what_float8_holds_exactly_is_multiplied_exactly():
+    """Rows of numbers with three bits of mantissa, whose largest is a power of two times 448's mantissa."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([0.0, 1.0, 1.25, -1.5, 1.75, -2.0, 3.0, 3.5])
+    draw = lambda *shape: values[torch.randint(len(values), shape, generator=generator)]  # noqa: E731
+    linear = nn.Linear(32, 16)
+    weight, x = draw(16, 32), draw(2, 5, 32)
+    weight[:, 0], x[..., 0] = 3.5, 3.5  # 448 = 3.5 · 2⁷: every scale is a power of two
+    linear.weight.data, linear.bias.data = weight, draw(16)
+    expected = x.double() @ weight.double().T + linear.bias.double()
+    assert torch.equal(Float8Linear(linear)(x), expected.float())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_the_error_is_that_of_rounding_to_three_bits_whatever_the_scale(scale):
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(256, 128)
+    linear.weight.data.normal_(generator=generator)
+    linear.weight.data *= torch.logspace(-3, 3, 128)[:, None]  # rows of every size
+    linear.bias.data.zero_()
+    x = torch.randn(3, 64, 256, generator=generator) * scale
+    exact = x.double() @ linear.weight.double().T
+    error = (Float8Linear(linear)(x).double() - exact).norm(dim=(0, 1)) / exact.norm(dim=(0, 1))
+    # Uniform rounding of a mantissa to 2⁻⁴ of its power of two: a relative error of about 2.6 % in each factor.
+    assert error.min() > 0.02 and error.max() < 0.05
+
+
+def test_a_row_of_zeros_stays_zero():
+    linear = nn.Linear(16, 16)
+    linear.weight.data[3], linear.bias.data[:] = 0, 0
+    y = Float8Linear(linear)(torch.cat([torch.zeros(1, 16), torch.ones(1, 16)]))
+    assert torch.all(y[0] == 0) and y[1, 3] == 0 and torch.isfinite(y).all()
+
+
+@torch.no_grad()
+def test_large_layers_of_all_blocks_are_replaced_and_no_others(tiny_models):
+    transformer = load_component(tiny_models / "stage4", "transformer")
+    attentions = len(transformer.transformer_blocks) + len(transformer.control_blocks)
+    assert use_float8(transformer) == 4 * attentions + 2 * len(transformer.transformer_blocks)
+    names = {name for name, module in transformer.named_modules() if isinstance(module, Float8Linear)}
+    assert not any("norm" in name or "embed" in name or "proj_out" in name for name in names)
+    assert transformer.dtype == torch.float32 and use_float8(transformer) == 0
