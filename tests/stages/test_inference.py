@@ -10,7 +10,7 @@ from decord import VideoReader
 from PIL import Image
 
 from common.cogvideox.pipeline_io import load_component, write_pipeline
-from common.tools import contact_sheet
+from common.tools import contact_sheet, inference
 
 SIZE = ["--height", 32, "--width", 64]  # decord cannot read H.264 narrower than 64
 TWO_STEPS = ["--num_inference_steps", 2]
@@ -132,3 +132,32 @@ def test_contact_sheet_shows_frames_and_commanded_signals(make, monkeypatch, tmp
     for corner in corners:
         corner[:] = False
     assert not changed[: 64 + gap].any()  # nothing but the signals
+
+
+def test_another_exact_attention_kernel_gives_the_same_video(make, monkeypatch):
+    """And the text encoder, the largest part, is gone before the video is made."""
+    pipelines = []
+    apply = inference.speed_up
+    monkeypatch.setattr(inference, "speed_up", lambda *given: pipelines.append(given[0]) or apply(*given))
+    call = ["--control", "D*8,DL*9", *FOUR_STEPS]
+    plain, other = (
+        frames(make(4, f"{i}.mp4", *call, *words)).astype(int)
+        for i, words in enumerate(([], ["--attention_backend", "_native_math"]))
+    )
+    assert abs(plain - other).mean() < 0.3  # H.264 turns a rounding into more, in a few pixels
+    processors = [block.attn1.processor for block in pipelines[1].transformer.transformer_blocks]
+    assert {processor._attention_backend for processor in processors} == {"_native_math"}
+    assert [pipeline.text_encoder for pipeline in pipelines] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--attention_backend", "warp"], "invalid choice: 'warp'"),
+        (["--attention_backend", "sage"], "--attention_backend sage: "),
+        (["--decode_device", "cuda:9"], "--decode_device cuda:9: "),
+    ],
+)
+def test_speed_options_that_cannot_be_are_refused(refused, tiny_models, tmp_path, words, told):
+    arguments = ["--model_path", tiny_models / "stage4", "--prompt", "a car", "--control", "D*9"]
+    assert told in refused("stage4/inference.py", *arguments, "--output", tmp_path / "x.mp4", *words)
