@@ -20,7 +20,6 @@ the batch in the first dimension [t·B,D,·,·]: "one frame later" is then a ste
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -28,7 +27,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.cogvideox.autoencoder import to_uint8
+from common.cogvideox.chunk_decoder import ChunkDecoder
 from common.cogvideox.pipeline_io import refuse_other_keys
 from common.config.errors import UserError, one_line
 
@@ -168,8 +167,8 @@ def latent_form(vae: AutoencoderKLCogVideoX) -> tuple[int, int]:
     return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-class LightStreamingDecoder:
-    """What `StreamingDecoder` is to a VAE: one stream's decoder, chunks of latents in, their frames out.
+class LightStreamingDecoder(ChunkDecoder):
+    """What `StreamingDecoder` is to a VAE: one stream's decoder.
 
     The module keeps nothing, so any number of streams can share it.
 
@@ -178,19 +177,15 @@ class LightStreamingDecoder:
     """
 
     def __init__(self, decoder: LightVideoDecoder):
+        super().__init__(decoder.device)
         self.decoder = decoder.to(memory_format=torch.channels_last)
         self._state: State | None = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The next chunk: scaled latents [B,F,C,H,W] of any type, any F ≥ 1 → float32 [B,N,3,h,w], about [−1,1]."""
-        frames, self._state = self.decoder(latents.to(self.decoder.dtype), self._state)
-        return frames.float()
-
-    def decode_uint8(self, latents: Tensor) -> np.ndarray:
-        """As `decode`, → uint8 [N,h,w,3] for a batch of one, else [B,N,h,w,3]."""
-        frames = to_uint8(self.decode(latents))
-        return frames[0] if len(frames) == 1 else frames
+        latents = latents.to(self.decoder.device, non_blocking=True).to(self.decoder.dtype)
+        frames, self._state = self.decoder(latents, self._state)
+        return frames
 
 
 def load_light_decoder(

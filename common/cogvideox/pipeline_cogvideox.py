@@ -16,7 +16,9 @@ from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
 from torch import Tensor
 
 from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
+from common.cogvideox.chunk_decoder import ChunkDecoder
 from common.cogvideox.guidance import GuidedDenoiser, dynamic_guidance_scale
+from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder
 from common.cogvideox.pipeline_base import ControlPipelineBase
 from common.cogvideox.signal_sources import Control, SignalSource, clip_signals, make_signal_source
 from common.cogvideox.streaming import VideoStream
@@ -138,6 +140,8 @@ class CogVideoXControlPipeline(ControlPipelineBase):
 class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
     """Video without end from a sliding window (stages 3 and 4). The scheduler says which window and how to solve it."""
 
+    light_decoder: LightVideoDecoder | None = None  # decodes streams in the VAE's place; see speed.py
+
     def __init__(self, tokenizer, text_encoder, vae, transformer, scheduler, control_vocabulary=None):
         if not isinstance(scheduler, SwinSchedulerMixin):
             raise UserError(
@@ -218,8 +222,10 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             overlap,
         )
 
-    def make_decoder(self) -> StreamingDecoder:
+    def make_decoder(self) -> ChunkDecoder:
         """A decoder for one new stream."""
+        if self.light_decoder is not None:
+            return LightStreamingDecoder(self.light_decoder)
         return StreamingDecoder(self.vae)
 
     def _seeded(self, seed: int | None) -> torch.Generator:

@@ -5,6 +5,7 @@ All but float8 and the light decoder leave the results as they are, but for roun
 
 import argparse
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from common.cogvideox.compilation import compile_blocks, compile_decoder
 from common.cogvideox.float8 import use_float8
+from common.cogvideox.light_decoder import load_light_decoder
 from common.config.errors import UserError, one_line
 
 
@@ -24,12 +26,14 @@ class SpeedOptions:
         float8: linear layers of the transformer in float8; of use on GPUs from Ada and Hopper on.
         attention_backend: diffusers' name of a kernel for self-attention; None leaves it to PyTorch, which takes
             cuDNN's on an H100 or H200, the fastest exact one there.
-        decode_device: where the VAE is, if not where the transformer is.
+        light_decoder: directory of a decoder that stands in for the VAE's (common.tools.distill_decoder).
+        decode_device: where chunks are decoded, if not where the transformer is.
     """
 
     compile: bool = False
     float8: bool = False
     attention_backend: str | None = None
+    light_decoder: Path | None = None
     decode_device: str | None = None
 
 
@@ -47,6 +51,9 @@ def add_speed_options(parser: argparse.ArgumentParser) -> None:
         choices=backends,
         metavar="NAME",
         help="diffusers' name of an attention kernel: _native_cudnn, flash, sage …; by default PyTorch's choice",
+    )
+    parser.add_argument(
+        "--light_decoder", type=Path, help="directory of a distilled decoder, faster and less exact than the VAE's"
     )
     parser.add_argument("--decode_device", help="cuda:1 …: decode on another GPU than the transformer's")
 
@@ -74,6 +81,11 @@ def speed_up(pipeline: Any, options: SpeedOptions) -> None:
             pipeline.vae.to(torch.device(options.decode_device))
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--decode_device {options.decode_device}: {one_line(error)}") from error
+    if options.light_decoder:
+        light = load_light_decoder(options.light_decoder, pipeline.vae, transformer.dtype)
+        pipeline.light_decoder = light.to(pipeline.vae.device)
+        if options.compile:
+            pipeline.light_decoder.compile(fullgraph=True, dynamic=False)
     if options.compile:
         compile_blocks(transformer)
         if pipeline.vae.device.type == "cuda":

@@ -11,7 +11,7 @@ frames in host memory. Frames per second are of a stream that decodes a chunk wh
 is the time between its chunks. The first chunk, which also samples the window from the prompt, is listed by itself.
 
 --ablation does so again and again, with one change more each time, in one process: what each is worth, and what it
-costs in exactness against a float32 run of the same weights.
+costs in exactness against a float32 run of the same weights. It tries --light_decoder last, if there is one.
 
 Shapes: B batch, F latent frames of a window, N raw frames of a chunk, h w pixels.
 """
@@ -21,6 +21,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -220,20 +221,20 @@ def benchmark(args: argparse.Namespace) -> dict | None:
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    dtype = device_and_dtype(args.device, args.dtype)[1]
+    dtype, options = device_and_dtype(args.device, args.dtype)[1], speed_options(args)
     if args.ablation:
         if num_processes() > 1:
             raise UserError("--ablation compares settings of one process; start it without torchrun")
-        args.dtype = "float32"
+        args.dtype, options = "float32", replace(options, compile=False, float8=False, light_decoder=None)
     prompts, scheduler = [args.prompt] * args.batch_size, load_scheduler(args)
-    pipeline, embeds = load_streaming_pipeline(args, prompts, scheduler=scheduler)
+    pipeline, embeds = load_streaming_pipeline(args, options, prompts, scheduler=scheduler)
     about = {"model": str(args.model_path)}
     if args.ablation:
         return about | {"rows": ablation(pipeline, embeds, args, dtype)} | surroundings(pipeline)
     with made_together(open_stream(pipeline, embeds, args, overlap=True)) as warm_up:
         for _ in range(2 if warm_up else 0):  # two kinds of chunk: the first, and all others
             next(warm_up)
-    about |= {"ready_s": time.perf_counter() - started, **vars(speed_options(args))}
+    about |= {"ready_s": time.perf_counter() - started, **vars(options)}
     with made_together(open_stream(pipeline, embeds, args, overlap=True)) as stream:
         figures = measure(stream, pipeline.device, args.seconds, args.warmup) if stream else None
     return about | figures | surroundings(pipeline) if figures else None
@@ -259,7 +260,10 @@ def ablation(
     exact = outputs(pipeline, open_stream(pipeline, embeds, args, overlap=False), args.seed)
     pipeline.to(dtype)
     rows, is_overlapped = [], False
-    for name, options in {"eager": SpeedOptions(), **CHANGES}.items():
+    changes = {"eager": SpeedOptions(), **CHANGES}
+    if args.light_decoder:
+        changes["light decoder"] = SpeedOptions(light_decoder=args.light_decoder, compile=True)
+    for name, options in changes.items():
         if options is None:
             is_overlapped = True
         else:
@@ -279,7 +283,7 @@ def main() -> None:
     if figures is None:
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    args.output.write_text(json.dumps(figures, indent=1, default=str) + "\n")
     print(ablation_table(figures["rows"]) if args.ablation else table(figures))
     print(f"written to {args.output}")
 

@@ -33,7 +33,7 @@ from common.cogvideox.loading import (
 )
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import read_model_index
-from common.cogvideox.speed import add_speed_options, speed_options, speed_up
+from common.cogvideox.speed import SpeedOptions, add_speed_options, speed_options, speed_up
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError
@@ -118,9 +118,13 @@ def read_pipeline(pipeline_class: type, args: argparse.Namespace, **components: 
 
 
 def load_streaming_pipeline(
-    args: argparse.Namespace, prompt: str | list[str], negative_prompt: str = "", **components: Any
+    args: argparse.Namespace,
+    options: SpeedOptions,
+    prompt: str | list[str],
+    negative_prompt: str = "",
+    **components: Any,
 ) -> tuple[CogVideoXStreamingPipeline, dict[str, torch.Tensor]]:
-    """The pipeline of --model_path as the speed options ask for it, and the prompt as arguments of `stream`.
+    """The pipeline of --model_path as `options` ask for it, and the prompt as arguments of `stream`.
 
     All processes of a launch share the transformer. The text encoder has the device for itself and is gone afterwards:
     T5-XXL takes more memory than all the rest.
@@ -133,7 +137,6 @@ def load_streaming_pipeline(
     pipeline.text_encoder = None
     pipeline.to(device)
     shard_over_processes(pipeline.transformer)
-    options = speed_options(args)
     speed_up(pipeline, options if is_first_process() else replace(options, decode_device=None))  # who decodes nothing
     return pipeline, dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
 
@@ -215,7 +218,9 @@ def stream(description: str | None) -> None:
     with context_parallel_from_environment(args.device):
         scheduler = load_scheduler(args)
         init_video = read_init_video(args, scheduler) if args.init_video else None
-        pipeline, embeds = load_streaming_pipeline(args, args.prompt, args.negative_prompt, scheduler=scheduler)
+        pipeline, embeds = load_streaming_pipeline(
+            args, speed_options(args), args.prompt, args.negative_prompt, scheduler=scheduler
+        )
         is_distilled = hasattr(scheduler, "num_phases")
         default_guidance = 1.0 if is_distilled else 6.0
         chunks = pipeline.stream(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from common.cogvideox.autoencoder import StreamingDecoder, to_uint8
+from common.cogvideox.autoencoder import StreamingDecoder
+from common.cogvideox.chunk_decoder import to_levels
 from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder, load_light_decoder
 from common.config.errors import UserError
 
@@ -111,7 +112,7 @@ def test_as_a_streams_decoder_it_gives_what_the_vae_gives():
     torch.testing.assert_close(other.decode(z[:, :1]), decoder(z[:, :1])[0])  # begins anew
     levels = LightStreamingDecoder(decoder).decode_uint8(z[:1])
     assert levels.shape == (17, 16, 24, 3)
-    np.testing.assert_array_equal(levels, to_uint8(decoder(z[:1])[0])[0])
+    np.testing.assert_array_equal(levels, to_levels(decoder(z[:1])[0])[0])
 
 
 @torch.no_grad()

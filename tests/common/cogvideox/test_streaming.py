@@ -1,7 +1,5 @@
 """The sliding window without a network: a stand-in transformer that knows the truth tells what each frame obeyed."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -257,53 +255,6 @@ def test_streams_side_by_side_equal_streams_alone():
     both = run(controls, [3, 4])
     for i in range(2):
         torch.testing.assert_close(both[i : i + 1], run(controls[i : i + 1], [3 + i]), rtol=0, atol=1e-6)
-
-
-class Recorder:
-    """Stands in for a decoder: a chunk's frames are its latents, and what was asked for when is written down."""
-
-    def __init__(self, log):
-        self.log = log
-
-    def submit(self, latents):
-        self.log.append("decode")
-        return SimpleNamespace(result=lambda: self.log.append("wait") or latents)
-
-
-def taken(overlap, control, chunks):
-    """(log, chunks taken, the error that ended the stream or None)"""
-    log, made = [], []
-    stream, _ = make_stream([control], chunks=chunks)
-    advance = stream.advance
-    stream.decoder, stream.overlap = Recorder(log), overlap
-    stream.advance = lambda: log.append("shift") or advance()
-    try:
-        made.extend(stream)
-    except RuntimeError as error:
-        return log, made, error
-    return log, made, None
-
-
-def test_overlapped_chunks_are_the_same_and_none_is_made_in_vain():
-    log, made, _ = taken(True, range(9), chunks=3)
-    plain_log, plain, _ = taken(False, range(9), chunks=3)
-    assert plain_log == ["shift", "decode", "wait"] * 3
-    assert log == ["shift", "decode", "shift", "wait", "decode", "shift", "wait", "decode", "wait"]
-    assert len(made) == len(plain) == 3 and all(map(torch.equal, made, plain))
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_an_error_in_one_shift_loses_no_frames_of_the_one_before(overlap):
-    calls = []
-
-    def command():
-        calls.append(0)
-        if len(calls) == 4:  # once more at the start than there are shifts
-            raise RuntimeError("the joystick is gone")
-        return "D"
-
-    _, made, error = taken(overlap, command, chunks=None)
-    assert len(made) == 2 and "joystick" in str(error)
 
 
 def test_what_a_stream_carries_does_not_grow():
