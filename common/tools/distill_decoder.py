@@ -66,7 +66,7 @@ TIMED_CHUNKS = 20
 
 def psnr(frames: Tensor, target: Tensor) -> float:
     """dB, of pictures of about [−1,1] (peak to peak 2) cut to it, as they are when they are shown."""
-    error = (frames.clamp(-1, 1) - target.clamp(-1, 1)).square().mean().clamp_min(1e-10)
+    error = (frames.float().clamp(-1, 1) - target.clamp(-1, 1)).square().mean().clamp_min(1e-10)
     return (20 * np.log10(2) - 10 * torch.log10(error)).item()
 
 
@@ -263,7 +263,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="directory to make, of a light decoder and its report")
     add("--widths", type=whole_number(8, step=8), nargs="+", default=[512, 256, 64], help="channels by resolution")
     add("--layers", type=COUNT, nargs="+", default=[3, 3, 3], help="blocks by resolution")
-    add("--memory_layers", type=whole_number(0), nargs="+", default=[1, 1, 0], help="those of them that remember")
+    add("--memory_layers", type=whole_number(0), nargs="+", default=[3, 3, 0], help="those of them that remember")
     add("--steps", type=COUNT, default=20000, help="training steps")
     add("--minutes", type=not_negative_number, default=0.0, help="minutes of training; when given, not the steps")
     add("--batch_size", type=COUNT, default=8)

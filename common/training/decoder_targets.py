@@ -25,7 +25,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
-from common.cogvideox.autoencoder import StreamingDecoder, encode_frames, to_uint8
+from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
+from common.cogvideox.chunk_decoder import to_levels
 from common.config.errors import SettingError
 from common.config.files import replace_text
 from common.data.buckets import Bucket, SampleKey, permuted
@@ -54,7 +55,7 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], count: int = REA
 def reconstruct(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 [B,N,3,h,w] → scaled latents [B,F,C,H,W], and the VAE's decode of them, [B,N,3,h,w] of about [−1,1]."""
     latents = encode_frames(vae, pixels)
-    return latents, StreamingDecoder(vae).decode(latents)
+    return latents, StreamingDecoder(vae).decode(latents).float()
 
 
 def window_bytes(bucket: Bucket, latent_channels: int, factor: int) -> int:
@@ -119,7 +120,7 @@ class DecoderTargets:
         for sample in ahead(self.videos.__getitem__, keys):
             latents, frames = reconstruct(vae, sample["pixel_values"][None])
             self.latents[done] = latents[0].cpu().numpy()
-            self.pictures[done] = to_uint8(frames[0])
+            self.pictures[done] = to_levels(frames[0]).cpu().numpy()
             done += 1
             progress(1)
             if done % FLUSH_EVERY == 0 or done == self.count or stop.agreed():

@@ -44,9 +44,7 @@ def untrained_psnr(tiny_world, report):
     settings = report["settings"]
     vae = load_component(BASE, "vae")
     torch.manual_seed(0)
-    light = LightVideoDecoder.for_vae(
-        vae, widths=settings["widths"], layers=settings["layers"], memory_layers=(1, 1, 0)
-    )
+    light = LightVideoDecoder.for_vae(vae, **{name: settings[name] for name in ("widths", "layers", "memory_layers")})
     records = read_index(tiny_world / "index.json", tiny_world, needs_control=False)
     videos = VideoDataset(records[-1:], [Bucket(17, 32, 64)], fps=16)
     return distill_decoder.quality(light, vae, videos)["psnr_to_vae"]
