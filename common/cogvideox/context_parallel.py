@@ -12,10 +12,12 @@ Shapes: B batch, F latent frames, S tokens per latent frame, D model width, h he
 Sₚ its tokens of a latent frame, Tₚ all its tokens, text and video.
 """
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import diffusers
@@ -157,6 +159,17 @@ def shard_over_processes(transformer: ModelMixin) -> None:
         if name not in divided:
             registry = HookRegistry.check_if_exists_or_initialize(transformer.get_submodule(name))
             registry.register_hook(GatherSharesHook([plan], settings), "gather_shares")
+    transformer.register_forward_pre_hook(partial(_choose_ulysses, settings), with_kwargs=True)
+
+
+def _choose_ulysses(settings: ContextParallelConfig, transformer: ModelMixin, args: tuple, kwargs: dict) -> None:
+    """Plain Ulysses where all shares are even: for uneven ones diffusers has the processes tell one another their sizes
+    four times a layer, and a GPU waits for that."""
+    given = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
+    height, width = given["hidden_states"].shape[-2:]
+    tokens_per_frame = (height // transformer.config.patch_size) * (width // transformer.config.patch_size)
+    numbers = (tokens_per_frame, given["encoder_hidden_states"].shape[1], transformer.config.num_attention_heads)
+    settings.ulysses_anything = any(number % settings.ulysses_degree for number in numbers)
 
 
 def refuse_degree(num_heads: int, degree: int) -> None:
@@ -173,6 +186,8 @@ class GatherSharesHook(ContextParallelGatherHook):
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         """[B,F,Sₚ,·] → [B,F,S,·]."""
+        if not self.parallel_config.ulysses_anything:
+            return super().post_forward(module, output)
         dim = self.metadata[0].gather_dim
         shares = gather_size_by_comm(output.shape[dim], self.parallel_config._flattened_mesh.get_group())
         missing = max(shares) - output.shape[dim]

@@ -234,6 +234,7 @@ def benchmark(args: argparse.Namespace) -> dict | None:
     with made_together(open_stream(pipeline, embeds, args, overlap=True)) as warm_up:
         for _ in range(2 if warm_up else 0):  # two kinds of chunk: the first, and all others
             next(warm_up)
+    del warm_up  # the VAE's convolution cache of a stream takes gigabytes
     about |= {"ready_s": time.perf_counter() - started, **vars(options)}
     with made_together(open_stream(pipeline, embeds, args, overlap=True)) as stream:
         figures = measure(stream, pipeline.device, args.seconds, args.warmup) if stream else None

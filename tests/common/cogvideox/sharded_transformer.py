@@ -27,12 +27,14 @@ TINY = {
 TOKEN_CAUSAL = {"control_attention": "token_causal"}
 FRAME_CAUSAL = {"control_attention": "frame_causal", "control_temporal_position": True}
 ROTARY = {"use_rotary_positional_embeddings": True}
+EVEN = {"num_attention_heads": 6, "sample_width": 12, "max_text_seq_length": 6}  # 30 tokens a frame
 CASES = {  # name → changes of the config, whether each frame has its timestep
     "sincos, one timestep": (TOKEN_CAUSAL, False),
     "sincos, per frame": (TOKEN_CAUSAL, True),
     "rotary, one timestep": ({**FRAME_CAUSAL, **ROTARY}, False),
     "rotary, per frame": ({**FRAME_CAUSAL, **ROTARY}, True),
     "even heads, no control": ({"control_dim": None, "num_attention_heads": 6}, True),
+    "all even": ({**FRAME_CAUSAL, **ROTARY, **EVEN}, True),
 }
 
 
@@ -48,11 +50,11 @@ def make_model(changes: dict) -> CogVideoXControlTransformer3DModel:
 
 def inputs(config, per_frame: bool, device: torch.device) -> dict:
     generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(B, F, C, H, W, generator=generator)
+    hidden_states = torch.randn(B, F, C, config.sample_height, config.sample_width, generator=generator)
     control = None if config.control_dim is None else torch.randn(B, F, E_CONTROL, generator=generator)
     given = {
         "hidden_states": hidden_states,
-        "encoder_hidden_states": torch.randn(B, L, E_TEXT, generator=generator),
+        "encoder_hidden_states": torch.randn(B, config.max_text_seq_length, E_TEXT, generator=generator),
         "timestep": torch.tensor([[0, 400, 999], [0, 130, 700]] if per_frame else [999, 130]),
         "control_embeds": control,
     }
@@ -71,6 +73,8 @@ def compare(name: str, device: str, changes: dict, per_frame: bool, compiled: bo
         with mock.patch.object(nn.Module, "compile", quicker):
             compile_blocks(model)
     output = model(**given).sample
+    is_uneven = model._parallel_config.context_parallel_config.ulysses_anything
+    assert is_uneven == (model.config.max_text_seq_length == L)
     tolerance = 1e-5 if device == "cpu" else 1e-4
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance, msg=lambda told: f"{name}: {told}")
     outputs = [torch.empty_like(output) for _ in range(num_processes())]
