@@ -4,6 +4,8 @@ Shapes: B batch, F latent frames of a chunk, N raw frames, C latent channels, H 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -51,16 +53,28 @@ class ChunkDecoder(ABC):
             [B,N,3,h,w], about [−1,1], in the decoder's type and on its device.
         """
 
-    def submit(self, latents: Tensor) -> PendingFrames:
-        """As `decode_uint8`, without waiting: a GPU decodes, rounds and copies to pinned memory beside whatever else it
-        and others do."""
+    @contextmanager
+    def in_turn(self, latents: Tensor) -> Iterator[None]:
+        """Within it a GPU is told what to do in the decoder's own queue (CUDA stream), once `latents` are ready.
+
+        All of a stream's chunks have to be decoded in it, since what one leaves for the next lies in its memory.
+        """
         if self._stream is None:
-            return PendingFrames(to_levels(self.decode(latents)))
+            yield
+            return
         if latents.is_cuda:
             self._stream.wait_stream(torch.cuda.current_stream(latents.device))
         if latents.device == self._stream.device:
             latents.record_stream(self._stream)  # its memory is not given to others before this stream has read it
         with torch.cuda.stream(self._stream):
+            yield
+
+    def submit(self, latents: Tensor) -> PendingFrames:
+        """As `decode_uint8`, without waiting: a GPU decodes, rounds and copies to pinned memory beside whatever else it
+        and others do."""
+        if self._stream is None:
+            return PendingFrames(to_levels(self.decode(latents)))
+        with self.in_turn(latents):
             levels = to_levels(self.decode(latents))
             host = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True).copy_(levels, non_blocking=True)
             return PendingFrames(host, self._stream.record_event())

@@ -62,6 +62,18 @@ def speed_options(args: argparse.Namespace) -> SpeedOptions:
     return SpeedOptions(**{field.name: getattr(args, field.name) for field in fields(SpeedOptions)})
 
 
+def refuse_float8(device: torch.device, dtype: torch.dtype) -> None:
+    """A `UserError` where float8 products would fail at the first step."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        version = ".".join(map(str, capability))
+        raise UserError(f"--float8 needs compute capability 8.9 (Ada, Hopper) or more; {device} has {version}")
+    if dtype != torch.bfloat16:
+        raise UserError(f"--float8 makes bfloat16 of its products; leave --dtype {str(dtype).split('.')[1]} out")
+
+
 def speed_up(pipeline: Any, options: SpeedOptions) -> None:
     """Applies the options to a pipeline that is where it shall run, in place.
 
@@ -75,6 +87,7 @@ def speed_up(pipeline: Any, options: SpeedOptions) -> None:
         except (RuntimeError, ImportError, ValueError, KeyError) as error:
             raise UserError(f"--attention_backend {options.attention_backend}: {one_line(error)}") from error
     if options.float8:
+        refuse_float8(transformer.device, transformer.dtype)
         use_float8(transformer)
     if options.decode_device:
         try:

@@ -73,10 +73,11 @@ def time_chunk(stream: VideoStream, device: torch.device) -> tuple[tuple[int, ..
     started, marks = time.perf_counter(), [mark()]
     latents = stream.advance()
     marks.append(mark())
-    frames = stream.decoder.decode(latents)  # [B,N,3,h,w]
-    marks.append(mark())
-    levels = to_levels(frames).cpu()  # waits for the device
-    marks.append(mark())
+    with stream.decoder.in_turn(latents):
+        frames = stream.decoder.decode(latents)  # [B,N,3,h,w]
+        marks.append(mark())
+        levels = to_levels(frames).cpu()  # waits for the device
+        marks.append(mark())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     total = 1000 * (time.perf_counter() - started)
@@ -208,7 +209,7 @@ def open_stream(
         height=args.height,
         width=args.width,
         generator=generator_for(pipeline, args.seed),
-        overlap=overlap,
+        overlap=overlap and pipeline.device.type == "cuda",
         **embeds,
     )
 
@@ -259,7 +260,8 @@ def ablation(
 ) -> list[dict]:
     """Rows of figures, each with one change more than the one before; the pipeline comes in float32."""
     exact = outputs(pipeline, open_stream(pipeline, embeds, args, overlap=False), args.seed)
-    pipeline.to(dtype)
+    for module in (pipeline.transformer, pipeline.vae):
+        torch.nn.Module.to(module, dtype)  # diffusers' own `to` warns of an empty list of float32 modules
     rows, is_overlapped = [], False
     changes = {"eager": SpeedOptions(), **CHANGES}
     if args.light_decoder:

@@ -235,7 +235,7 @@ def stream(description: str | None) -> None:
             height=args.height,
             width=args.width,
             generator=generator_for(pipeline, args.seed),
-            overlap=True,
+            overlap=pipeline.device.type == "cuda",
         )
         with made_together(chunks) as stream_here:
             if stream_here:

@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from common.cogvideox.chunk_decoder import to_levels
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 
 
@@ -54,3 +56,25 @@ def test_an_error_in_one_shift_loses_no_frames_of_the_one_before(tiny_models, ov
 
     _, made, error = taken(tiny_models / "stage4", overlap, command, chunks=None)
     assert len(made) == 2 and "joystick" in str(error)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_overlapped_frames_are_the_same_and_keep_being_so_after_the_device_went_on(tiny_models, device):
+    """On a GPU decoding has a queue and memory of its own: nothing may be read too early or overwritten too soon."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pipeline = CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage4").to(device)
+
+    def frames(overlap):
+        return list(pipeline.stream("a car", "D", num_chunks=6, seed=0, overlap=overlap))
+
+    plain, overlapped = frames(False), frames(True)
+    assert [chunk.shape[0] for chunk in overlapped] == [9, 8, 8, 8, 8, 8]
+    for one, other in zip(plain, overlapped, strict=True):
+        np.testing.assert_array_equal(one, other)
+    latents = [torch.randn(1, n, 16, 4, 6, generator=torch.Generator().manual_seed(n)).to(device) for n in (3, 2)]
+    together, alone = pipeline.make_decoder(), pipeline.make_decoder()
+    pending = [together.submit(chunk) for chunk in latents]  # both before either is waited for
+    for chunk, waiting in zip(latents, pending, strict=True):
+        levels = to_levels(alone.decode(chunk))[0].cpu().numpy()
+        assert np.abs(waiting.result().astype(int) - levels).max() <= 1
