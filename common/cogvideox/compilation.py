@@ -1,4 +1,4 @@
-"""Compiling: the transformer block by block, minutes sooner ready than in one piece, and the VAE's decoder as a whole.
+"""Compiling, block by block and layer by layer: most are alike, so it is minutes sooner ready than in one piece.
 
 What was compiled is kept on disk by PyTorch, so that the next start of the same model on the same machine is quick.
 """

@@ -1,6 +1,7 @@
 """The four inference.py and the contact sheet as a user runs them: what is in the files that they write."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from decord import VideoReader
 from PIL import Image
 
 from common.cogvideox.pipeline_io import load_component, write_pipeline
+from common.cogvideox.streaming import VideoStream
 from common.tools import contact_sheet, inference
 
 SIZE = ["--height", 32, "--width", 64]  # decord cannot read H.264 narrower than 64
+ROOT = Path(__file__).parents[2]
 TWO_STEPS = ["--num_inference_steps", 2]
 FOUR_STEPS = ["--num_inference_steps", 4, "--guidance_scale", 1]  # one a noise group
 
@@ -148,6 +151,24 @@ def test_another_exact_attention_kernel_gives_the_same_video(make, monkeypatch):
     processors = [block.attn1.processor for block in pipelines[1].transformer.transformer_blocks]
     assert {processor._attention_backend for processor in processors} == {"_native_math"}
     assert [pipeline.text_encoder for pipeline in pipelines] == [None, None]
+
+
+def test_an_error_in_mid_stream_leaves_what_was_made_to_be_watched(models, monkeypatch, tmp_path):
+    """Frames of the shift before it are written too, though that one was still being decoded."""
+    advance = VideoStream.advance
+
+    def fail_at_the_third(stream):
+        if stream.num_chunks_done == 2:
+            raise RuntimeError("an illegal memory access was encountered")
+        return advance(stream)
+
+    monkeypatch.setattr(VideoStream, "advance", fail_at_the_third)
+    output = tmp_path / "half.mp4"
+    words = ["--model_path", models / "stage4", "--prompt", "x", *SIZE, "--control", "D*40", "--output", output]
+    monkeypatch.setattr("sys.argv", ["inference.py", *map(str, words)])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        runpy.run_path(str(ROOT / "stage4" / "inference.py"), run_name="__main__")
+    assert len(frames(output)) == 17
 
 
 @pytest.mark.parametrize(
