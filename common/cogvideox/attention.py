@@ -3,6 +3,8 @@
 Shapes: B batch, F latent frames, S tokens per latent frame, L text tokens, D model width, h heads, d = D/h.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as nnf
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -11,6 +13,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.cogvideox.context_parallel import compiled_attention
+
+NOT_CUDNN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 class CogVideoXDispatchAttnProcessor:
@@ -110,8 +114,6 @@ class ControlAttnProcessor:
     as long.
     """
 
-    _backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-
     def __call__(
         self,
         attn: Attention,
@@ -137,7 +139,7 @@ class ControlAttnProcessor:
             )
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
-        with sdpa_kernel(self._backends):
+        with sdpa_kernel(NOT_CUDNN) if query.is_cuda else nullcontext():
             tokens = nnf.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)  # [B,h,F·S,d]
         tokens = tokens.transpose(1, 2).flatten(2)  # [B,F·S,D]
         return attn.to_out[1](attn.to_out[0](tokens))

@@ -64,7 +64,7 @@ def make_streamable(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
     return vae
 
 
-def as_weights_lie(z: Tensor, decoder: nn.Module) -> Tensor:
+def match_memory_format(z: Tensor, decoder: nn.Module) -> Tensor:
     """[B,C,F,H,W] with channels last if the decoder's weights are so (`compile_decoder`)."""
     weight = decoder.conv_in.conv.weight
     is_last = weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
@@ -89,13 +89,15 @@ class StreamingDecoder(ChunkDecoder):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         config, vae = self.vae.config, self.vae
-        z = latents.to(vae.device, non_blocking=True).float() / config.scaling_factor
+        z = self.fetch(latents).float() / config.scaling_factor
         z = z.to(vae.dtype).transpose(1, 2)  # [B,C,F,H,W]
         if vae.post_quant_conv is not None:
             z = vae.post_quant_conv(z)
         frames = []
         for piece in z.split(self._piece_lengths(z.shape[2]), dim=2):
-            decoded, self._conv_cache = vae.decoder(as_weights_lie(piece, vae.decoder), conv_cache=self._conv_cache)
+            decoded, self._conv_cache = vae.decoder(
+                match_memory_format(piece, vae.decoder), conv_cache=self._conv_cache
+            )
             frames.append(decoded)
         return torch.cat(frames, dim=2).transpose(1, 2)
 

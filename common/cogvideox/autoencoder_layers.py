@@ -35,7 +35,7 @@ class CogVideoXOneDNNConv3d(CogVideoXSafeConv3d):
         )
 
 
-class CogVideoXTidyCausalConv3d(CogVideoXCausalConv3d):
+class CogVideoXContiguousCacheCausalConv3d(CogVideoXCausalConv3d):
     """`CogVideoXCausalConv3d` whose cache always lies in memory in the same way: what was compiled for one chunk fits
     the next."""
 
@@ -66,15 +66,17 @@ class CogVideoXTwoPassGroupNorm(nn.GroupNorm):
     def gain_and_offset(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [B,D] each: the normed input is input · gain + offset.
 
-        From sums by channel in one pass over memory, of differences from some pixel of the channel, or the square of a
+        From sums by channel in one pass over memory, of differences from one pixel of the channel, or the square of a
         large mean would swallow the variance. The compiler makes more of this than of group_norm.
         """
-        pivot = input[:, :, 0, 0, 0].float()  # [B,D]
+        pivot = input[
+            :, :, 0, input.shape[3] // 2, input.shape[4] // 2
+        ].float()  # [B,D]; corners are like no other pixel
         shifted = input.float() - pivot[:, :, None, None, None]
         mean, square = shifted.mean(dim=(2, 3, 4)), shifted.square().mean(dim=(2, 3, 4))
         group_mean = self._group_mean(mean + pivot)
         variance = self._group_mean(square - mean.square() + (mean + pivot - group_mean).square())
-        gain = (variance + self.eps).rsqrt() * self.weight.float()
+        gain = (variance.clamp_min(0) + self.eps).rsqrt() * self.weight.float()
         return gain, self.bias.float() - group_mean * gain
 
     def _group_mean(self, means: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class CogVideoXStreamingUpsample3D(CogVideoXUpsample3D):
 
 
 FASTER_CLASSES = {
-    CogVideoXCausalConv3d: CogVideoXTidyCausalConv3d,
+    CogVideoXCausalConv3d: CogVideoXContiguousCacheCausalConv3d,
     CogVideoXSafeConv3d: CogVideoXOneDNNConv3d,
     nn.GroupNorm: CogVideoXTwoPassGroupNorm,
     CogVideoXSpatialNorm3D: CogVideoXLowResolutionSpatialNorm3D,

@@ -6,13 +6,14 @@ Shapes: B batch, F latent frames of a chunk, N raw frames, C latent channels, H 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def to_levels(frames: Tensor) -> Tensor:
+def to_uint8(frames: Tensor) -> Tensor:
     """[…,3,h,w] of [−1,1] → uint8 […,h,w,3], rounded and transposed where `frames` live."""
     levels = ((frames.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
     return levels.movedim(-3, -1).contiguous()
@@ -32,6 +33,12 @@ class PendingFrames:
         return frames[0] if len(frames) == 1 else frames
 
 
+@cache
+def decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device, for all decoders: PyTorch keeps freed memory apart by stream, and a new video needs the last's."""
+    return torch.cuda.Stream(device)
+
+
 class ChunkDecoder(ABC):
     """One stream's decoder: chunks of latents in, their frames out; what the next chunk needs is kept in here.
 
@@ -40,7 +47,8 @@ class ChunkDecoder(ABC):
     """
 
     def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
+        self._stream = decoding_stream(device) if device.type == "cuda" else None
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -54,7 +62,7 @@ class ChunkDecoder(ABC):
         """
 
     @contextmanager
-    def in_turn(self, latents: Tensor) -> Iterator[None]:
+    def on_stream(self, latents: Tensor) -> Iterator[None]:
         """Within it a GPU is told what to do in the decoder's own queue (CUDA stream), once `latents` are ready.
 
         All of a stream's chunks have to be decoded in it, since what one leaves for the next lies in its memory.
@@ -69,13 +77,17 @@ class ChunkDecoder(ABC):
         with torch.cuda.stream(self._stream):
             yield
 
+    def fetch(self, latents: Tensor) -> Tensor:
+        """Latents on the decoder's device; not waited for where a GPU keeps the order of things anyway."""
+        return latents.to(self.device, non_blocking=self.device.type == "cuda")
+
     def submit(self, latents: Tensor) -> PendingFrames:
         """As `decode_uint8`, without waiting: a GPU decodes, rounds and copies to pinned memory beside whatever else it
         and others do."""
         if self._stream is None:
-            return PendingFrames(to_levels(self.decode(latents)))
-        with self.in_turn(latents):
-            levels = to_levels(self.decode(latents))
+            return PendingFrames(to_uint8(self.decode(latents)))
+        with self.on_stream(latents):
+            levels = to_uint8(self.decode(latents))
             host = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True).copy_(levels, non_blocking=True)
             return PendingFrames(host, self._stream.record_event())
 

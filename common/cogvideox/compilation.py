@@ -30,10 +30,11 @@ def compile_blocks(transformer: nn.Module) -> None:
 def compile_decoder(vae: AutoencoderKLCogVideoX) -> None:
     """Compiles a VAE's decoder for streaming, layer by layer: most are alike.
 
-    Once for a stream's first chunk, which has no cache, and once for all others.
+    Once for a stream's first chunk, which has no cache, and once for all others (twice for odd W, whose last latent is
+    decoded alone).
 
     On a GPU weights get channels last, as its convolutions want them; what goes in has to have the same form, which
-    `StreamingDecoder` sees to.
+    `StreamingDecoder` sees to. And cuDNN tries its algorithms out, for this process as a whole.
     """
     make_streamable(vae)
     _allow_many_kinds()

@@ -46,9 +46,9 @@ _CONFIGS: dict[str, ParallelConfig] = {}  # by name of the process group, for co
 
 
 class Stream(Protocol):
-    """What `made_together` needs of a `VideoStream`."""
+    """What `in_lockstep` needs of a `VideoStream`."""
 
-    advance: Callable[[], Tensor]
+    shift: Callable[[], Tensor]
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def made_together(stream: Stream) -> Iterator[Stream | None]:
+def in_lockstep(stream: Stream) -> Iterator[Stream | None]:
     """Every shift that the first process makes within it is made by all; → the stream in the first, or only, process.
 
     None in the others.
@@ -107,19 +107,19 @@ def made_together(stream: Stream) -> Iterator[Stream | None]:
     The first takes the stream's chunks as it likes. It tells the others of every shift, and they make it too, with the
     same noise, signals and latents; what is within is theirs once the first has left it.
     """
-    advance = stream.advance
+    shift = stream.shift
     if num_processes() > 1 and not is_first_process():
         while _tell(True):
-            advance()
+            shift()
         yield None
         return
 
-    def advance_together() -> Tensor:
+    def shift_together() -> Tensor:
         _tell(True)
-        return advance()
+        return shift()
 
     if num_processes() > 1:
-        stream.advance = advance_together
+        stream.shift = shift_together
     yield stream
     if num_processes() > 1:
         _tell(False)
@@ -130,6 +130,13 @@ def _tell(go_on: bool) -> bool:
     said = torch.tensor([go_on], dtype=torch.uint8)
     dist.broadcast(said, src=0)
     return bool(said)
+
+
+def refuse_taken_device(decode_device: str | None) -> None:
+    """A `UserError` if what shall decode is the GPU of a process that shares the transformer, other than the first."""
+    taken = range(1, int(os.environ["LOCAL_WORLD_SIZE"])) if num_processes() > 1 else ()
+    if decode_device in [f"cuda:{number}" for number in taken]:
+        raise UserError(f"decode_device {decode_device}: has a share of the transformer; give a GPU after those")
 
 
 def shard_over_processes(transformer: ModelMixin) -> None:

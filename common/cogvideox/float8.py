@@ -3,6 +3,8 @@
 Shapes: M rows of an input, I inputs, O outputs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ class Float8Linear(nn.Module):
     """`nn.Linear` for inference with weights and inputs in float8, one scale for each row of both.
 
     Weights are quantised once, inputs at every call (dynamic, row-wise scaling: arXiv 2209.05433 has the format).
-    Do not cast it to another type afterwards.
+    Casting the model around it leaves both as they are.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -30,6 +32,15 @@ class Float8Linear(nn.Module):
         self.register_buffer("scale", scale.t().contiguous())  # [1,O]
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float8Linear":
+        quantised = {"weight": self.weight, "scale": self.scale}
+        super()._apply(fn, recurse)
+        for name, before in quantised.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """[…,I] → […,O] in the input's type."""

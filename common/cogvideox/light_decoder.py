@@ -1,6 +1,7 @@
 """A small decoder that stands in for the VAE's where pictures have to be ready in real time.
 
-It is distilled from a VAE by common.tools.distill_decoder and works on the same scaled latents. Its design follows what
+It is distilled from a VAE by common.tools.distill_decoder and works on the same scaled latents. That small convolutions
+with a memory of the frame before are enough was shown by TAEHV (github.com/madebyollin/taehv). Its design follows what
 a GPU is fast at: dense 3×3 convolutions over single frames, channels next to each other in memory, no statistics, most
 of the work at an eighth, a quarter and half of the picture's size, and the last doubling by pixel shuffle. Time enters
 in one way only: some blocks also see what the block before them made of the previous frame. So
@@ -31,33 +32,33 @@ from common.cogvideox.chunk_decoder import ChunkDecoder
 from common.cogvideox.pipeline_io import refuse_other_keys
 from common.config.errors import UserError, one_line
 
-TIME_FACTORS = (2, 2)  # of the first enlargements; the others leave time as it is
+TIME_FACTORS = (2, 2)  # of the first upsamples; the others leave time as it is
 
 RESIDUAL_GAIN = 0.1  # variance that a block adds, at first
 PICTURE_DEVIATION = 0.3  # of ordinary pictures, which lie in [−1,1]
 
-State = tuple[Tensor, ...]  # of a stream: one [B,D,·,·] a block that remembers
+State = tuple[Tensor, ...]  # of a stream: one [B,D,·,·] a block that has_memory
 
 
 class Block(nn.Module):
-    """Two convolutions beside an identity; with `remembers` the first sees each frame and the one before it."""
+    """Two convolutions beside an identity; with `has_memory` the first sees each frame and the one before it."""
 
-    def __init__(self, width: int, remembers: bool):
+    def __init__(self, width: int, has_memory: bool):
         super().__init__()
-        self.remembers = remembers
-        self.conv1 = nn.Conv2d(2 * width if remembers else width, width, 3, padding=1)
+        self.has_memory = has_memory
+        self.conv1 = nn.Conv2d(2 * width if has_memory else width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """[t·B,D,·,·] and, where it remembers, what came before it [B,D,·,·] → [t·B,D,·,·]."""
+        """[t·B,D,·,·] and, where it has_memory, what came before it [B,D,·,·] → [t·B,D,·,·]."""
         seen = x
-        if self.remembers:
+        if self.has_memory:
             previous = torch.cat([before, x[: -len(before)]])
             seen = torch.cat([x, previous], dim=1)
         return x + self.conv2(functional.relu(self.conv1(seen)))
 
 
-class Enlargement(nn.Module):
+class Upsample(nn.Module):
     """A convolution that makes several channels for one, and moves them apart: twice as high and wide, and longer."""
 
     def __init__(self, width: int, new_width: int, time_factor: int, kernel_size: int):
@@ -84,9 +85,9 @@ class LightVideoDecoder(ModelMixin, ConfigMixin):
         spatial_factor: pixels to a side of a latent: 4, 8 or 16.
         widths: channels at each resolution, from the latents' own to half of the picture's.
         layers: blocks at each resolution.
-        memory_layers: how many of them, the first ones, also see the frame before. On the mini world, in one
-            run each, two and two were worth 0.5 dB more than one and one, and at the last resolution, where it costs
-            most, it was worth nothing.
+        memory_layers: how many of them, the first ones, also see the frame before; more than there are is all.
+            On the mini world, in one run each, two and two were worth 0.5 dB more than one and one, and at the last
+            resolution, where it costs most, it was worth nothing.
     """
 
     @register_to_config
@@ -110,13 +111,13 @@ class LightVideoDecoder(ModelMixin, ConfigMixin):
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         last = len(widths) - 1
         self.blocks = nn.ModuleList(
-            nn.ModuleList(Block(width, remembers=i < memory) for i in range(num_blocks))
+            nn.ModuleList(Block(width, has_memory=i < memory) for i in range(num_blocks))
             for width, num_blocks, memory in zip(widths, layers, memory_layers, strict=True)
         )
         times = (*TIME_FACTORS, *[1] * last)
-        self.enlargements = nn.ModuleList(
+        self.upsamples = nn.ModuleList(
             # 1×1: the next resolution's blocks look around. At the end there are none.
-            Enlargement(width, 3 if i == last else widths[i + 1], times[i], 3 if i == last else 1)
+            Upsample(width, 3 if i == last else widths[i + 1], times[i], 3 if i == last else 1)
             for i, width in enumerate(widths)
         )
         self._draw_weights()
@@ -132,7 +133,7 @@ class LightVideoDecoder(ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
-            self.enlargements[-1].conv.weight.mul_(PICTURE_DEVIATION)
+            self.upsamples[-1].conv.weight.mul_(PICTURE_DEVIATION)
 
     @classmethod
     def for_vae(cls, vae: AutoencoderKLCogVideoX, **sizes: Sequence[int]) -> "LightVideoDecoder":
@@ -153,10 +154,10 @@ class LightVideoDecoder(ModelMixin, ConfigMixin):
         x = latents.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [F·B,C,H,W]
         x = self.conv_in(x)
         new_state: list[Tensor] = []
-        for blocks, enlarge in zip(self.blocks, self.enlargements, strict=True):
+        for blocks, enlarge in zip(self.blocks, self.upsamples, strict=True):
             for block in blocks:
                 before = None
-                if block.remembers:
+                if block.has_memory:
                     before = x[:batch_size] if is_first else state[len(new_state)]
                     new_state.append(x[-batch_size:].clone())  # a view would keep all of x alive
                 x = block(x, before)
@@ -185,9 +186,14 @@ class LightStreamingDecoder(ChunkDecoder):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.decoder.device, non_blocking=True).to(self.decoder.dtype)
+        latents = self.fetch(latents).to(self.decoder.dtype)
         frames, self._state = self.decoder(latents, self._state)
         return frames
+
+
+def refuse_missing(directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise UserError(f"no light decoder at {directory}; python -m common.tools.distill_decoder makes one")
 
 
 def load_light_decoder(
@@ -199,8 +205,7 @@ def load_light_decoder(
         UserError: there is none, its weights are damaged, or it is made for latents of another form than the VAE's.
     """
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise UserError(f"no light decoder at {directory}; python -m common.tools.distill_decoder makes one")
+    refuse_missing(directory)
     try:
         if LightVideoDecoder.load_config(directory).get("_class_name") != LightVideoDecoder.__name__:
             raise UserError(f"{directory} holds another model than a {LightVideoDecoder.__name__}")

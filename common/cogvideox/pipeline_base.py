@@ -11,6 +11,7 @@ from diffusers import CogVideoXPipeline
 from torch import Tensor
 
 from common.cogvideox.control_adapter import ControlVocabulary
+from common.cogvideox.float8 import Float8Linear
 from common.cogvideox.guidance import GuidedDenoiser, guidance_branches, guidance_scale_embedding
 from common.cogvideox.pipeline_io import load_components, write_pipeline
 from common.config.errors import UserError
@@ -42,7 +43,13 @@ class ControlPipelineBase(CogVideoXPipeline):
         return cls(**{**load_components(path, torch_dtype, **components), **components})
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes every component and, last, model_index.json; `from_pretrained` reads it back."""
+        """Writes every component and, last, model_index.json; `from_pretrained` reads it back.
+
+        Raises:
+            UserError: the pipeline was made for speed, and is not whole any more.
+        """
+        if self.text_encoder is None or any(isinstance(m, Float8Linear) for m in self.transformer.modules()):
+            raise UserError(f"{path}: a pipeline without text encoder or in float8 cannot be saved; save it before")
         given = {name: component for name, component in self.components.items() if component is not None}
         write_pipeline(path, None, type(self).__name__, given)
 
@@ -64,6 +71,8 @@ class ControlPipelineBase(CogVideoXPipeline):
         negative_prompt_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(prompt, negative prompt) each [B,L,D]; the length is the transformer's own by default."""
+        if self.text_encoder is None and (prompt_embeds is None or negative_prompt_embeds is None):
+            raise UserError("the text encoder is gone: give prompt_embeds and negative_prompt_embeds, not prompts")
         return self.encode_prompt(
             prompt,
             negative_prompt,

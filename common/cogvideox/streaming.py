@@ -56,23 +56,18 @@ class VideoStream(Iterator[np.ndarray]):
         self.denoiser, self.scheduler, self.plan, self.decoder = denoiser, scheduler, plan, decoder
         self.sources, self.generator = sources, generator
         self.num_chunks, self.num_chunks_done, self.overlap = num_chunks, 0, overlap
-        self._ahead: Tensor | Exception | None = None  # what `advance` gave, made while the last chunk was decoded
+        self._ahead: Tensor | Exception | None = None  # what `shift` gave, made while the last chunk was decoded
         self.latent_shape = tuple(latent_shape)
         self._init_latents = init_latents
         self._state: WindowState | None = None
 
     def __next__(self) -> np.ndarray:
-        latents, self._ahead = self._ahead, None
-        if latents is None:
-            if self._is_over():
-                raise StopIteration
-            latents = self.advance()
-        if isinstance(latents, Exception):
-            raise latents
-        frames = self.decoder.submit(latents)
+        if self._ahead is None and self._is_over():
+            raise StopIteration
+        frames = self.decoder.submit(self.advance())
         if self.overlap and not self._is_over():
             try:
-                self._ahead = self.advance()
+                self._ahead = self.shift()
             except Exception as error:  # the frames that are being decoded are not to be lost with it
                 self._ahead = error
         return frames.result()
@@ -85,7 +80,8 @@ class VideoStream(Iterator[np.ndarray]):
         """From the next shift on the stream is told another prompt; window, noise and decoder go on as they are.
 
         The frames already in the window keep what they have of the old prompt, so the picture turns over within a
-        window's length. Call it between two shifts, from the thread that makes them.
+        window's length. Call it between two shifts, from the thread that makes them. With `overlap` one shift is made
+        ahead already.
 
         Args:
             prompt_embeds: [B,L,text_embed_dim] as `encode_prompt` makes them, of the same length L as before.
@@ -105,9 +101,16 @@ class VideoStream(Iterator[np.ndarray]):
         """Latents as `advance` returns them, in that order → uint8 [N,h,w,3] or [B,N,h,w,3]."""
         return self.decoder.decode_uint8(latents)
 
-    @torch.no_grad()
     def advance(self) -> Tensor:
-        """One shift; → the latent frames it finished, [B,W,C,H,W] in float32; the first time also the condition."""
+        """The latent frames [B,W,C,H,W] of the next shift, float32; the first time also the condition."""
+        latents, self._ahead = self._ahead, None
+        if isinstance(latents, Exception):
+            raise latents
+        return self.shift() if latents is None else latents
+
+    @torch.no_grad()
+    def shift(self) -> Tensor:
+        """Makes one shift, whatever was made ahead; → as `advance`."""
         is_first = self._state is None
         width = self.plan.frames_per_group
         if is_first:

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.cogvideox.loading import device_and_dtype, load_streaming_scheduler, picture_size
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import load_component, read_model_index
-from common.cogvideox.speed import SpeedOptions, speed_up
+from common.cogvideox.speed import SpeedOptions, check_speed_options, speed_up
 from common.cogvideox.streaming import VideoStream
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.errors import UserError
@@ -106,7 +106,7 @@ def inspect_model(options: ModelOptions) -> ModelInfo:
     """Reads all but the weights; what does not fit together is a `UserError` now."""
     directory = resolve_pipeline_directory(options.model_path)
     index = read_model_index(directory, expected="CogVideoXStreamingPipeline")
-    device_and_dtype(options.device, options.dtype)
+    check_speed_options(options.speed, *device_and_dtype(options.device, options.dtype))
     scheduler = scheduler_of(options)
     height, width = picture_size(directory, index, options.height, options.width)
     if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:

@@ -20,114 +20,28 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.cogvideox.chunk_decoder import to_levels
-from common.cogvideox.context_parallel import context_parallel_from_environment, made_together, num_processes
+from common.cogvideox.context_parallel import context_parallel_from_environment, in_lockstep, num_processes
 from common.cogvideox.loading import COUNT, add_place_options, add_sampling_options, device_and_dtype
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.speed import SpeedOptions, add_speed_options, speed_options, speed_up
 from common.cogvideox.streaming import VideoStream
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable
 from common.config.errors import UserError, run_cli
+from common.tools.benchmark_timing import PARTS, measure
 from common.tools.inference import OUT_OF_MEMORY_HELP, generator_for, load_scheduler, load_streaming_pipeline
-from common.training.throughput import peak_memory_gib
 
-PARTS = ("transformer", "vae", "transfer")
-PARTS_SECONDS = 10.0  # the longest that parts are timed
 # One more at a time, in this order; the first two leave results as they are, but for rounding.
 CHANGES = {
     "compiled": SpeedOptions(compile=True),
     "decoding beside the next shift": None,
     "float8": SpeedOptions(float8=True, compile=True),
 }
-
-
-def device_clock(device: torch.device) -> tuple[Callable[[], object], Callable[[list], list[float]]]:
-    """(mark, read): `mark()` notes a moment in the device's order of work, `read(marks)` → milliseconds between them.
-
-    Read only once the device has done all that was asked of it.
-    """
-    if device.type != "cuda":
-        return time.perf_counter, lambda marks: [1000 * (after - before) for before, after in pairwise(marks)]
-
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
-        return event
-
-    return mark, lambda marks: [before.elapsed_time(after) for before, after in pairwise(marks)]
-
-
-def time_chunk(stream: VideoStream, device: torch.device) -> tuple[tuple[int, ...], dict[str, float]]:
-    """One chunk → the shape [B,N,h,w,3] of its frames, and milliseconds by part and in all ("chunk")."""
-    mark, read = device_clock(device)
-    started, marks = time.perf_counter(), [mark()]
-    latents = stream.advance()
-    marks.append(mark())
-    with stream.decoder.in_turn(latents):
-        frames = stream.decoder.decode(latents)  # [B,N,3,h,w]
-        marks.append(mark())
-        levels = to_levels(frames).cpu()  # waits for the device
-        marks.append(mark())
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    total = 1000 * (time.perf_counter() - started)
-    return levels.shape, dict(zip(PARTS, read(marks), strict=True)) | {"chunk": total}
-
-
-def time_parts(stream: VideoStream, device: torch.device, seconds: float, warmup: int) -> dict:
-    """The first chunk, `warmup` more that do not count, then chunks for `seconds` (two at least); → figures in ms."""
-    shape, first = time_chunk(stream, device)
-    first["frames"] = shape[1]
-    for _ in range(warmup):
-        time_chunk(stream, device)
-    times, started = [], time.perf_counter()
-    while len(times) < 2 or time.perf_counter() - started < min(seconds, PARTS_SECONDS):
-        (batch_size, num_frames, height, width, _), parts = time_chunk(stream, device)
-        times.append(parts)
-    columns = {name: [parts[name] for parts in times] for name in (*PARTS, "chunk")}
-    return {
-        "streams": batch_size,
-        "height": height,
-        "width": width,
-        "frames_per_chunk": num_frames,
-        "forwards_per_chunk": len(stream.plan.steady),
-        "first_chunk": first,
-        "median": {name: float(np.percentile(column, 50)) for name, column in columns.items()},
-        "p99": {name: float(np.percentile(column, 99, method="inverted_cdf")) for name, column in columns.items()},
-    }
-
-
-def time_stream(stream: VideoStream, seconds: float) -> dict:
-    """Takes chunks as a user does, for `seconds` (two at least); → chunks, frames a second, intervals in ms."""
-    next(stream)
-    marks = [time.perf_counter()]
-    while len(marks) < 3 or marks[-1] - marks[0] < seconds:
-        num_frames = next(stream).shape[-4]
-        marks.append(time.perf_counter())
-    intervals = [1000 * (after - before) for before, after in pairwise(marks)]
-    return {
-        "fps": len(intervals) * num_frames / (marks[-1] - marks[0]),  # of each stream
-        "chunks": len(intervals),
-        "interval": {
-            "median": float(np.percentile(intervals, 50)),
-            "p99": float(np.percentile(intervals, 99, method="inverted_cdf")),
-        },
-    }
-
-
-def measure(stream: VideoStream, device: torch.device, seconds: float, warmup: int) -> dict:
-    parts = time_parts(stream, device, seconds, warmup)
-    return parts | time_stream(stream, seconds) | {"peak_memory_gib": peak_memory_gib(device)}
 
 
 def surroundings(pipeline: CogVideoXStreamingPipeline) -> dict:
@@ -158,7 +72,7 @@ def table(figures: dict) -> str:
         *rows,
         f"{streams}{figures['fps']:.1f} frames a second of {figures['width']}×{figures['height']}: {per_chunk}",
         f"{figures['chunks']} chunks; ready after {figures['ready_s']:.0f} s; "
-        f"peak memory {figures['peak_memory_gib']:.2f} GiB; {place}",
+        f"peak memory {figures['peak_memory_gib']:.2f} GiB allocated on the first device; {place}",
     ])  # fmt: skip
 
 
@@ -226,18 +140,18 @@ def benchmark(args: argparse.Namespace) -> dict | None:
     if args.ablation:
         if num_processes() > 1:
             raise UserError("--ablation compares settings of one process; start it without torchrun")
-        args.dtype, options = "float32", replace(options, compile=False, float8=False, light_decoder=None)
+        args.dtype, options = "float32", SpeedOptions(decode_device=options.decode_device)
     prompts, scheduler = [args.prompt] * args.batch_size, load_scheduler(args)
     pipeline, embeds = load_streaming_pipeline(args, options, prompts, scheduler=scheduler)
     about = {"model": str(args.model_path)}
     if args.ablation:
         return about | {"rows": ablation(pipeline, embeds, args, dtype)} | surroundings(pipeline)
-    with made_together(open_stream(pipeline, embeds, args, overlap=True)) as warm_up:
+    with in_lockstep(open_stream(pipeline, embeds, args, overlap=True)) as warm_up:
         for _ in range(2 if warm_up else 0):  # two kinds of chunk: the first, and all others
             next(warm_up)
     del warm_up  # the VAE's convolution cache of a stream takes gigabytes
     about |= {"ready_s": time.perf_counter() - started, **vars(options)}
-    with made_together(open_stream(pipeline, embeds, args, overlap=True)) as stream:
+    with in_lockstep(open_stream(pipeline, embeds, args, overlap=True)) as stream:
         figures = measure(stream, pipeline.device, args.seconds, args.warmup) if stream else None
     return about | figures | surroundings(pipeline) if figures else None
 
@@ -251,7 +165,7 @@ def outputs(pipeline: CogVideoXStreamingPipeline, stream: VideoStream, seed: int
     control = stream.denoiser.control_embeds(raw_frames)
     told = plan.steady[0].timesteps
     decoder = pipeline.make_decoder()
-    pixels = [decoder.decode(piece) for piece in latents[:, :5].split([3, 2], dim=1)]
+    pixels = [decoder.decode(piece) for piece in latents[:, :3].split([1, 2], dim=1)]
     return {"transformer": stream.denoiser(latents, told, control).cpu(), "pixels": torch.cat(pixels, 1).float().cpu()}
 
 
@@ -263,7 +177,7 @@ def ablation(
     for module in (pipeline.transformer, pipeline.vae):
         torch.nn.Module.to(module, dtype)  # diffusers' own `to` warns of an empty list of float32 modules
     rows, is_overlapped = [], False
-    changes = {"eager": SpeedOptions(), **CHANGES}
+    changes = {"eager": SpeedOptions(attention_backend=args.attention_backend), **CHANGES}
     if args.light_decoder:
         changes["light decoder"] = SpeedOptions(light_decoder=args.light_decoder, compile=True)
     for name, options in changes.items():

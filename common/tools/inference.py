@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from common.cogvideox.context_parallel import (
     context_parallel_from_environment,
+    in_lockstep,
     is_first_process,
-    made_together,
+    refuse_taken_device,
     shard_over_processes,
 )
 from common.cogvideox.loading import (
@@ -33,7 +34,7 @@ from common.cogvideox.loading import (
 )
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import read_model_index
-from common.cogvideox.speed import SpeedOptions, add_speed_options, speed_options, speed_up
+from common.cogvideox.speed import SpeedOptions, add_speed_options, check_speed_options, speed_options, speed_up
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable, whole_number
 from common.config.errors import UserError
@@ -129,6 +130,8 @@ def load_streaming_pipeline(
     All processes of a launch share the transformer. The text encoder has the device for itself and is gone afterwards:
     T5-XXL takes more memory than all the rest.
     """
+    check_speed_options(options, *device_and_dtype(args.device, args.dtype))
+    refuse_taken_device(options.decode_device)
     pipeline, device = read_pipeline(CogVideoXStreamingPipeline, args, **components)
     pipeline.text_encoder.to(device)
     length = pipeline.transformer.config.max_text_seq_length
@@ -137,7 +140,9 @@ def load_streaming_pipeline(
     pipeline.text_encoder = None
     pipeline.to(device)
     shard_over_processes(pipeline.transformer)
-    speed_up(pipeline, options if is_first_process() else replace(options, decode_device=None))  # who decodes nothing
+    if not is_first_process():  # decodes nothing
+        options = replace(options, decode_device=None, light_decoder=None)
+    speed_up(pipeline, options)
     return pipeline, dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
 
 
@@ -237,6 +242,6 @@ def stream(description: str | None) -> None:
             generator=generator_for(pipeline, args.seed),
             overlap=pipeline.device.type == "cuda",
         )
-        with made_together(chunks) as stream_here:
+        with in_lockstep(chunks) as stream_here:
             if stream_here:
                 save(args, stream_here, control, total)

@@ -26,7 +26,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
 from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
-from common.cogvideox.chunk_decoder import to_levels
+from common.cogvideox.chunk_decoder import to_uint8
 from common.config.errors import SettingError
 from common.config.files import replace_text
 from common.data.buckets import Bucket, SampleKey, permuted
@@ -120,7 +120,7 @@ class DecoderTargets:
         for sample in ahead(self.videos.__getitem__, keys):
             latents, frames = reconstruct(vae, sample["pixel_values"][None])
             self.latents[done] = latents[0].cpu().numpy()
-            self.pictures[done] = to_levels(frames[0]).cpu().numpy()
+            self.pictures[done] = to_uint8(frames[0]).cpu().numpy()
             done += 1
             progress(1)
             if done % FLUSH_EVERY == 0 or done == self.count or stop.agreed():

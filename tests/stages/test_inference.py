@@ -10,6 +10,8 @@ import torch
 from decord import VideoReader
 from PIL import Image
 
+from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder
+from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import load_component, write_pipeline
 from common.cogvideox.streaming import VideoStream
 from common.tools import contact_sheet, inference
@@ -153,16 +155,36 @@ def test_another_exact_attention_kernel_gives_the_same_video(make, monkeypatch):
     assert [pipeline.text_encoder for pipeline in pipelines] == [None, None]
 
 
+def test_a_light_decoder_makes_the_pictures_of_the_same_latents(make, models, tmp_path):
+    torch.manual_seed(0)
+    light = LightVideoDecoder.for_vae(
+        load_component(models / "stage4", "vae"), widths=(16, 8, 8), layers=(1, 1, 1), memory_layers=(1, 1, 0)
+    )
+    light.save_pretrained(tmp_path / "light")
+    call = ["--control", "D*17", *FOUR_STEPS]
+    plain = make(4, "plain.mp4", *call, "--decode_device", "cpu")
+    other = make(4, "light.mp4", *call, "--light_decoder", tmp_path / "light")
+    assert about(other)["light_decoder"] == str(tmp_path / "light")
+    pipeline = CogVideoXStreamingPipeline.from_pretrained(models / "stage4")
+    generator = torch.Generator().manual_seed(42)
+    stream = pipeline.stream("x", ["D"] * 17, num_inference_steps=4, height=32, width=64, generator=generator)
+    latents = torch.cat([stream.advance() for _ in range(2)], dim=1)
+    expected = LightStreamingDecoder(light).decode_uint8(latents)
+    gray = [video.mean(axis=-1).ravel() for video in (expected, frames(other), frames(plain))]
+    likeness = np.corrcoef(gray)[0]  # H.264 lies between, which keeps little of the colour of such noise
+    assert likeness[1] > 0.8 and abs(likeness[2]) < 0.5
+
+
 def test_an_error_in_mid_stream_leaves_what_was_made_to_be_watched(models, monkeypatch, tmp_path):
     """Frames of the shift before it are written too, though that one was still being decoded."""
-    advance = VideoStream.advance
+    shift = VideoStream.shift
 
     def fail_at_the_third(stream):
         if stream.num_chunks_done == 2:
             raise RuntimeError("an illegal memory access was encountered")
-        return advance(stream)
+        return shift(stream)
 
-    monkeypatch.setattr(VideoStream, "advance", fail_at_the_third)
+    monkeypatch.setattr(VideoStream, "shift", fail_at_the_third)
     output = tmp_path / "half.mp4"
     words = ["--model_path", models / "stage4", "--prompt", "x", *SIZE, "--control", "D*40", "--output", output]
     monkeypatch.setattr("sys.argv", ["inference.py", *map(str, words)])
@@ -175,8 +197,9 @@ def test_an_error_in_mid_stream_leaves_what_was_made_to_be_watched(models, monke
     "words, told",
     [
         (["--attention_backend", "warp"], "invalid choice: 'warp'"),
-        (["--attention_backend", "sage"], "--attention_backend sage: "),
-        (["--decode_device", "cuda:9"], "--decode_device cuda:9: "),
+        (["--attention_backend", "sage"], "error: attention_backend sage: "),
+        (["--light_decoder", "nowhere"], "no light decoder at nowhere; python -m common.tools.distill_decoder makes"),
+        (["--decode_device", "cuda:9"], "error: decode_device cuda:9: "),
     ],
 )
 def test_speed_options_that_cannot_be_are_refused(refused, tiny_models, tmp_path, words, told):

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLCogVideoX
 
 from common.cogvideox.autoencoder import StreamingDecoder, encode_frames, make_streamable, use_fast_layers
 from common.cogvideox.autoencoder_layers import CogVideoXTwoPassGroupNorm
-from common.cogvideox.chunk_decoder import to_levels
+from common.cogvideox.chunk_decoder import to_uint8
 
 
 def make_vae(seed=0, **config):
@@ -121,7 +121,7 @@ def test_bfloat16_vae_takes_float32_latents():
 
 def test_pixel_levels():
     frames = torch.tensor([-1.5, -1.0, 0.0, 1.0, 2.0]).reshape(1, 5, 1, 1, 1).expand(1, 5, 3, 1, 1)
-    assert to_levels(frames)[0, :, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(frames)[0, :, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 def test_the_cache_does_not_grow(vae):
@@ -170,7 +170,7 @@ def test_faster_layers_decode_and_encode_as_diffusers(channels, size):
     theirs = diffusers_chunks(plain, [chunk.transpose(1, 2) / 0.7 for chunk in chunks]).transpose(1, 2)
     assert_equal_but_for_rounding(frames, theirs)
 
-    levels = to_levels(frames).movedim(-1, -3)
+    levels = to_uint8(frames).movedim(-1, -3)
     with torch.no_grad():
         mean = plain.encode(levels.transpose(1, 2) / 127.5 - 1).latent_dist.mean
     assert_equal_but_for_rounding(encode_frames(fast, levels), mean.transpose(1, 2) * 0.7)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from common.cogvideox.autoencoder import StreamingDecoder
+from common.cogvideox.autoencoder import StreamingDecoder, match_memory_format, use_fast_layers
 from common.cogvideox.autoencoder_layers import CogVideoXTwoPassGroupNorm
 from common.cogvideox.compilation import CHANNELS_LAST, compile_decoder
 
@@ -51,6 +51,32 @@ def test_a_compiled_decoder_equals_diffusers_and_compiles_for_two_kinds_of_chunk
         again = StreamingDecoder(vae)
         assert torch.equal(again.decode(chunks[0]), StreamingDecoder(vae).decode(chunks[0]))
         again.decode(chunks[1])
+
+
+def test_what_goes_into_a_decoder_and_what_it_keeps_lie_as_its_weights_do():
+    """Or a GPU would turn every tensor round at every layer, and compile anew for every chunk."""
+    vae, z = make_vae(), torch.randn(1, 4, 2, 6, 8)
+    assert match_memory_format(z, vae.decoder).is_contiguous()
+    for parameter in vae.decoder.parameters():
+        if parameter.ndim in CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.ndim])
+    last = match_memory_format(z, vae.decoder)
+    assert last.stride()[1] == 1 and torch.equal(last, z)
+    conv = use_fast_layers(vae).decoder.conv_in
+    _, kept = conv(last)
+    # Nothing of the larger tensor that it is a part of shows, not even in the stride of a batch of one.
+    assert kept.stride() == torch.empty_like(kept, memory_format=torch.channels_last_3d).stride()
+
+
+def test_norms_from_sums_by_channel_are_exact_where_corners_are_unlike_the_rest():
+    x = torch.randn(1, 8, 2, 20, 30, generator=torch.Generator().manual_seed(0))
+    x[:, :, :, ::19, ::29] += 1000
+    x[:, 3] = 7
+    x[:, 3, 0, 0, 0] = 900
+    norm = CogVideoXTwoPassGroupNorm(4, 8, eps=1e-6)
+    gain, offset = (part.double()[:, :, None, None, None] for part in norm.gain_and_offset(x))
+    exact = torch.nn.functional.group_norm(x.double(), 4, eps=1e-6)
+    assert (x.double() * gain + offset - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0, -3000.0])

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from common.cogvideox.autoencoder import StreamingDecoder
-from common.cogvideox.chunk_decoder import to_levels
+from common.cogvideox.chunk_decoder import to_uint8
 from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder, load_light_decoder
 from common.config.errors import UserError
 
@@ -70,7 +70,7 @@ def test_a_later_latent_never_changes_an_earlier_frame_and_an_earlier_one_is_rem
     other, _ = decoder(changed)
     differs = (other - whole).abs().amax(dim=(0, 2, 3, 4)) > 0  # [N]
     assert not differs[:5].any()  # the frames of latents 0 and 1
-    assert differs[5:13].all()  # those of latent 2, and of latent 3, which only remembers it
+    assert differs[5:13].all()  # those of latent 2, and of latent 3, which only has_memory it
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_one_frame_for_the_first_latent_and_four_for_every_other(factor):
 def test_frames_are_in_order_and_pixels_in_place():
     """Of a convolution whose output says where each channel belongs."""
     decoder = make_decoder(widths=(4, 4, 4), layers=(1, 1, 1))
-    enlarge = decoder.enlargements[0]  # 4 channels → 2 times, 2 rows, 2 columns of 4
+    enlarge = decoder.upsamples[0]  # 4 channels → 2 times, 2 rows, 2 columns of 4
     with torch.no_grad():
         enlarge.conv.weight.zero_()
         enlarge.conv.bias.copy_(torch.arange(32.0))
@@ -112,7 +112,7 @@ def test_as_a_streams_decoder_it_gives_what_the_vae_gives():
     torch.testing.assert_close(other.decode(z[:, :1]), decoder(z[:, :1])[0])  # begins anew
     levels = LightStreamingDecoder(decoder).decode_uint8(z[:1])
     assert levels.shape == (17, 16, 24, 3)
-    np.testing.assert_array_equal(levels, to_levels(decoder(z[:1])[0])[0])
+    np.testing.assert_array_equal(levels, to_uint8(decoder(z[:1])[0])[0])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.cogvideox.chunk_decoder import to_levels
+from common.cogvideox.chunk_decoder import to_uint8
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 
 
@@ -26,9 +26,9 @@ def taken(model, overlap, control, chunks):
     log, made = [], []
     pipeline = CogVideoXStreamingPipeline.from_pretrained(model)
     stream = pipeline.stream("a car", control, num_chunks=chunks, seed=0, overlap=overlap)
-    advance = stream.advance
+    shift = stream.shift
     stream.decoder = Recorder(log)
-    stream.advance = lambda: log.append("shift") or advance()
+    stream.shift = lambda: log.append("shift") or shift()
     try:
         made.extend(stream)
     except RuntimeError as error:
@@ -58,6 +58,18 @@ def test_an_error_in_one_shift_loses_no_frames_of_the_one_before(tiny_models, ov
     assert len(made) == 2 and "joystick" in str(error)
 
 
+def test_who_takes_latents_in_between_gets_them_in_order(tiny_models):
+    pipeline = CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage4")
+
+    def stream(overlap):
+        return pipeline.stream("a car", "D", num_chunks=4, seed=0, overlap=overlap)
+
+    mixed, plain = stream(True), list(stream(False))
+    found = [next(mixed), mixed.decode(mixed.advance()), next(mixed)]
+    for one, other in zip(found, plain, strict=False):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_overlapped_frames_are_the_same_and_keep_being_so_after_the_device_went_on(tiny_models, device):
     """On a GPU decoding has a queue and memory of its own: nothing may be read too early or overwritten too soon."""
@@ -76,5 +88,5 @@ def test_overlapped_frames_are_the_same_and_keep_being_so_after_the_device_went_
     together, alone = pipeline.make_decoder(), pipeline.make_decoder()
     pending = [together.submit(chunk) for chunk in latents]  # both before either is waited for
     for chunk, waiting in zip(latents, pending, strict=True):
-        levels = to_levels(alone.decode(chunk))[0].cpu().numpy()
+        levels = to_uint8(alone.decode(chunk))[0].cpu().numpy()
         assert np.abs(waiting.result().astype(int) - levels).max() <= 1

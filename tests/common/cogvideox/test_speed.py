@@ -1,11 +1,15 @@
-"""Linear layers in float8 against float64, and which layers of a transformer become such."""
+"""What makes streaming faster: float8 layers against float64, and what a pipeline then still does, or refuses to do."""
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from common.cogvideox.float8 import Float8Linear, use_float8
+from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import load_component
+from common.cogvideox.speed import SpeedOptions, speed_up
+from common.config.errors import UserError
 
 
 def test_what_float8_holds_exactly_is_multiplied_exactly():
@@ -50,3 +54,35 @@ def test_large_layers_of_all_blocks_are_replaced_and_no_others(tiny_models):
     names = {name for name, module in transformer.named_modules() if isinstance(module, Float8Linear)}
     assert not any("norm" in name or "embed" in name or "proj_out" in name for name in names)
     assert transformer.dtype == torch.float32 and use_float8(transformer) == 0
+
+
+def test_casting_the_model_leaves_what_is_quantised_as_it_is():
+    layer = nn.Sequential(Float8Linear(nn.Linear(16, 16)), nn.Linear(16, 16)).to(torch.bfloat16)
+    assert layer[0].weight.dtype == torch.float8_e4m3fn and layer[0].scale.dtype == torch.float32
+    assert layer[1].weight.dtype == layer[0].bias.dtype == torch.bfloat16
+    assert torch.isfinite(layer(torch.ones(2, 16, dtype=torch.bfloat16))).all()
+
+
+def test_a_pipeline_made_for_speed_says_what_it_cannot_do_any_more(tiny_models, tmp_path):
+    pipeline = CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage4")
+    use_float8(pipeline.transformer)
+    with pytest.raises(UserError, match="cannot be saved"):
+        pipeline.save_pretrained(tmp_path / "fast")
+    pipeline = CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage4")
+    pipeline.text_encoder = None
+    with pytest.raises(UserError, match="cannot be saved"):
+        pipeline.save_pretrained(tmp_path / "fast")
+    with pytest.raises(UserError, match="the text encoder is gone: give prompt_embeds"):
+        pipeline.stream("a car")
+    assert not (tmp_path / "fast").exists()
+
+
+def test_one_models_attention_kernel_is_not_anothers(tiny_models):
+    fast, plain = (CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage4") for _ in range(2))
+    before = _AttentionBackendRegistry.get_active_backend()[0]
+    speed_up(fast, SpeedOptions(attention_backend="_native_math"))
+    assert {block.attn1.processor._attention_backend for block in fast.transformer.transformer_blocks} == {
+        "_native_math"
+    }
+    assert {block.attn1.processor._attention_backend for block in plain.transformer.transformer_blocks} == {None}
+    assert _AttentionBackendRegistry.get_active_backend()[0] == before
