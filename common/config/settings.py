@@ -85,7 +85,9 @@ class TrainingSettings:
     weight_decay: float = 1e-3  # AdamW: decoupled weight decay
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     mixed_precision: str = "bf16"  # "bf16": frozen weights and products in bfloat16; "no": all float32
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, slower
+    # int first: a "1" on the launch line is one block and no word for True
+    gradient_checkpointing: int | bool = True  # blocks that recompute activations in the backward pass, spread evenly:
+    # True for all, False for none, or how many; the more, the less memory and the slower
     compile: bool = False  # compile each transformer block: faster steps after a minute or two of compiling
     cuda_graph: bool = False  # record the step once and replay it: for small models on one GPU, with cached latents
 
@@ -173,7 +175,7 @@ class TrainingSettings:
         )  # fmt: skip
         at_least_zero = (
             "num_validation_clips", "windows_per_clip", "dataloader_num_workers", "lr_warmup_steps",
-            "weight_decay", "validation_steps", "seed",
+            "weight_decay", "validation_steps", "seed", "gradient_checkpointing",
         )  # fmt: skip
         for name in positive:
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):

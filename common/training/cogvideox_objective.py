@@ -21,6 +21,7 @@ from common.cogvideox.pipeline_io import (
     read_model_index,
     resolve_pipeline_directory,
 )
+from common.cogvideox.recomputation import recomputed_layers
 from common.cogvideox.rotary import rotary_positional_embeddings
 from common.config.errors import SettingError, UserError
 from common.config.settings import VAE_TIME_FACTOR
@@ -134,6 +135,7 @@ class CogVideoXObjective(Objective):
 
     def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
         """UserError when the base's index or its transformer's config rules these settings out."""
+        recomputed_layers(config["num_layers"], self.settings.gradient_checkpointing)
         length, wanted = self.settings.max_sequence_length, config.get("max_text_seq_length", 226)
         if length != wanted and not config.get("use_rotary_positional_embeddings"):
             raise SettingError(

@@ -55,8 +55,8 @@ class Objective(ABC):
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         """Builds every model from `settings.pretrained_model_name_or_path` and sets `module` and `encoder`.
 
-        The global generators are seeded alike on every process before, so new weights agree. Gradient checkpointing
-        is switched on by the trainer.
+        The global generators are seeded alike on every process before, so new weights agree. Which blocks
+        recompute (gradient_checkpointing) is set by the trainer.
         """
 
     @abstractmethod

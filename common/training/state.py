@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from common.cogvideox.recomputation import recompute_blocks
 from common.config.errors import SettingError, UserError
 from common.training import checkpoints, optimizers
 from common.training.export import export_pipeline, make_skeleton
@@ -80,8 +81,8 @@ class TrainingState:
         weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         objective.load(accelerator.device, weight_dtype)
         module = objective.module
-        if settings.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing()
+        if hasattr(module, "transformer_blocks"):
+            recompute_blocks(module, settings.gradient_checkpointing)
         if settings.compile:
             objective.compile()
         module.train()

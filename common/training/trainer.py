@@ -263,7 +263,7 @@ class Trainer:
     def out_of_memory_advice(self) -> str:
         s = self.settings
         hints = [f"lower train_batch_size (now {s.train_batch_size})"] if s.train_batch_size > 1 else []
-        hints += [] if s.gradient_checkpointing else ["set gradient_checkpointing = True"]
+        hints += [] if s.gradient_checkpointing is True else ["set gradient_checkpointing = True"]
         hints += (
             [] if s.latent_cache_dir else ["encode the videos once (common.tools.precompute), set latent_cache_dir"]
         )

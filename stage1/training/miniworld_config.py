@@ -35,7 +35,7 @@ args.max_train_steps = 30  # int: optimizer steps of the whole run
 args.learning_rate = 1e-3  # float: peak learning rate of AdamW
 args.lr_warmup_steps = 5  # int: optimizer steps over which it rises from zero
 args.mixed_precision = "no"  # str: all float32
-args.gradient_checkpointing = False  # bool: there is memory enough
+args.gradient_checkpointing = False  # int | bool: there is memory enough
 
 # --- checkpoints, logs, validation
 args.checkpointing_steps = 20  # int: optimizer steps between checkpoints

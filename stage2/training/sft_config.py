@@ -46,7 +46,7 @@ args.lr_scheduler = "constant_with_warmup"  # str: the learning rate's course
 args.lr_warmup_steps = 200  # int: optimizer steps over which it rises from zero
 args.weight_decay = 1e-3  # float: decoupled weight decay
 args.mixed_precision = "bf16"  # str: "bf16" (frozen weights and products) or "no" (all float32)
-args.gradient_checkpointing = True  # bool: recompute activations in the backward pass: less memory, slower
+args.gradient_checkpointing = True  # int | bool: blocks recomputed in the backward, to save memory: all or a number
 
 # --- checkpoints, logs, validation
 args.checkpointing_steps = 500  # int: optimizer steps between checkpoints

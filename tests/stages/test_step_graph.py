@@ -53,7 +53,10 @@ def test_a_step_that_draws_otherwise_is_noticed():
         tape.normal((3,))
 
 
-@pytest.mark.parametrize("other", [["--gradient_checkpointing"], ["--gradient_accumulation_steps", "2"], []])
+@pytest.mark.parametrize(
+    "other",
+    [["--gradient_checkpointing"], ["--gradient_checkpointing", "1"], ["--gradient_accumulation_steps", "2"], []],
+)
 def test_what_cannot_be_recorded_is_refused(tiny_stages, tmp_path, other):
     with pytest.raises(UserError, match="cuda_graph"):
         tiny_stages.settings(1, tmp_path, "--cuda_graph", *other)
