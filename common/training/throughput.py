@@ -43,6 +43,28 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
     return None
 
 
+def measured_product(device: torch.device) -> dict[str, int | str | float]:
+    """What a large matrix product reaches: "size", "dtype" and "flops_per_s".
+
+    On a GPU 8192³ in bf16, of random numbers, since zeros would draw less power and let it run faster; on a CPU a small
+    one in float32.
+    """
+    on_gpu = device.type == "cuda"
+    size, dtype, repeats = (8192, torch.bfloat16, 50) if on_gpu else (512, torch.float32, 3)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = a @ b
+    for counts in (False, True):
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats if counts else max(1, repeats // 5)):
+            torch.mm(a, b, out=out)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    seconds = (time.perf_counter() - started) / repeats
+    return {"size": size, "dtype": str(dtype).removeprefix("torch."), "flops_per_s": 2 * size**3 / seconds}
+
+
 def forward_flops(config, latent_shape: Sequence[int], text_tokens: int) -> float:
     """Operations of one forward of a CogVideoX transformer on latents [B, F, C, H, W] and L text tokens.
 

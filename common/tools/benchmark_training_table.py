@@ -1,0 +1,64 @@
+"""Training benchmarks for a terminal: runs side by side. A row is what common.tools.benchmark_training measured."""
+
+from typing import Any
+
+# heading, key of a row, format
+COLUMNS = (
+    ("s/step", "s_per_step", ".4f"),
+    ("samples/s", "samples_per_s", ".3f"),
+    ("tokens/s", "video_tokens_per_s", ",.0f"),
+    ("TFLOP/s", "tflops_per_s", ".4g"),
+    ("MFU", "mfu", ".1%"),
+    ("allocated", "peak_allocated_gib", ".2f"),
+    ("reserved", "peak_reserved_gib", ".2f"),
+    ("loading", "peak_loading_gib", ".2f"),
+    ("ready s", "ready_s", ".0f"),
+)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for a terminal, and what they were measured on."""
+    width = max(len(row["name"]) for row in rows) + 2
+    lines = [f"{'':<{width}}{'frames':>18}" + "".join(f"{heading:>11}" for heading, _, _ in COLUMNS)]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['name']:<{width}}{'out of memory' if row['out_of_memory'] else row['error']}")
+            continue
+        shape = f"{row['samples_per_step']} × {row['frames']}×{row['height']}×{row['width']}"
+        values = ["-" if row[key] is None else format(row[key], form) for _, key, form in COLUMNS]
+        lines.append(f"{row['name']:<{width}}{shape:>18}" + "".join(f"{value:>11}" for value in values))
+    measured = [row for row in rows if "error" not in row]
+    if measured:
+        row, rates = measured[0], [row["product"]["flops_per_s"] / 1e12 for row in measured]
+        size, dtype = row["product"]["size"], row["product"]["dtype"]
+        reached = f"{min(rates):.4g} to {max(rates):.4g}" if len(rates) > 1 else f"{rates[0]:.4g}"
+        cuda = f", CUDA {row['cuda']}, cuDNN {row['cudnn']}" if row["cuda"] else f", {row['threads']} threads"
+        lines += [
+            f"MFU 100% is a {dtype} product of {size}³: {reached} TFLOP/s; memory in GiB; "
+            f"median of {len(row['step_seconds'])} steps",
+            f"{row['processes']} × {row['device']}, torch {row['torch']}{cuda}, diffusers {row['diffusers']}",
+        ]
+    return "\n".join(lines)
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One line, as soon as a run has ended."""
+    return f"{row['name']}: " + (row.get("error") or f"{row['s_per_step']:.4f} s a step")
+
+
+def losses_table(rows: list[dict[str, Any]], count: int) -> str:
+    """The first losses of each row that has some, and how far they are from those of the first."""
+    rows = [row for row in rows if "error" not in row]
+    if not rows:
+        return ""
+    count = min(count, *(len(row["losses"]) for row in rows))
+    widths = [max(len(row["name"]), 10) + 2 for row in rows]
+    lines = ["loss" + "".join(f"{row['name']:>{width}}" for row, width in zip(rows, widths, strict=True))]
+    for step in range(count):
+        values = zip(rows, widths, strict=True)
+        lines.append(f"{step + 1:>4}" + "".join(f"{row['losses'][step]:>{width}.6f}" for row, width in values))
+    for row in rows[1:]:
+        pairs = zip(row["losses"][:count], rows[0]["losses"], strict=False)
+        error = max(abs(mine - first) / abs(first) for mine, first in pairs)
+        lines.append(f"{row['name']}: at most {error:.2%} from {rows[0]['name']}")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""Batches as a latent cache gives them, drawn instead of read: for measuring training without videos.
+
+Shapes: B batch · F latent frames · C latent channels · H W latent height/width · L text tokens · D text width.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from common.cogvideox.loading import pixels_per_latent
+from common.cogvideox.pipeline_io import component_config, read_model_index, resolve_pipeline_directory
+from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
+from common.data.control_signals import CONTROL_TOKENS
+from common.training.random import derive_seed
+
+NUM_BATCHES = 4  # that are different; then they come again
+LOG_VARIANCE = -6.0  # of the posterior: a VAE is sure of what it sees
+
+
+def random_batches(
+    settings: TrainingSettings, needs_control: bool, world_size: int = 1, rank: int = 0, start_step: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Takes the place of `build_train_loader`: endless batches of the first bucket's size, on the current device.
+
+    A sample is a function of the seed, the batch's number and its place in the global batch, so that two processes with
+    one sample train on what one process with two does, whatever the device.
+
+    Returns:
+        Dicts of latent_moments float32 [B,F,2C,H,W], prompt_embeds [B,L,D], control_indices int64 [B,F,4], …, as
+        common.data.loader describes them.
+    """
+    size, first = settings.train_batch_size, rank * settings.train_batch_size
+    made = [_random_batch(settings, needs_control, number, range(first, first + size)) for number in range(NUM_BATCHES)]
+    return itertools.islice(itertools.cycle(made), start_step, None)
+
+
+def _random_batch(settings: TrainingSettings, needs_control: bool, number: int, slots: range) -> dict[str, Any]:
+    base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
+    index = read_model_index(base)
+    transformer, vae = (component_config(base, name, index)[1] for name in ("transformer", "vae"))
+    scale = pixels_per_latent(base, index)
+    frames = (settings.frame_buckets[0] - 1) // VAE_TIME_FACTOR + 1
+    height, width = settings.height_buckets[0] // scale, settings.width_buckets[0] // scale
+    channels = vae["latent_channels"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" and device.type == "cuda" else torch.float32
+
+    moments = torch.full((len(slots), frames, 2 * channels, height, width), LOG_VARIANCE, device=device)
+    text = torch.empty(
+        (len(slots), settings.max_sequence_length, transformer["text_embed_dim"]), device=device, dtype=dtype
+    )
+    control = torch.empty((len(slots), frames, VAE_TIME_FACTOR), dtype=torch.int64)
+    for row, slot in enumerate(slots):
+        generator = torch.Generator().manual_seed(derive_seed("random batch", settings.seed, number, slot))
+        mean = torch.randn((frames, channels, height, width), generator=generator)
+        moments[row, :, :channels] = mean.to(device) / vae["scaling_factor"]  # latents of variance 1
+        text[row] = torch.randn(text.shape[1:], generator=generator).to(device, dtype)
+        control[row] = torch.randint(0, len(CONTROL_TOKENS), (frames, 1), generator=generator)  # held for 4 raw frames
+    batch = {
+        "latent_moments": moments,
+        "prompt_embeds": text,
+        "captions": [""] * len(slots),
+        "sample_ids": [f"random {number}.{slot}" for slot in slots],
+        "slots": torch.arange(slots.start, slots.stop),
+    }
+    return batch | ({"control_indices": control.to(device)} if needs_control else {})
