@@ -119,6 +119,9 @@ def benchmark(settings: TrainingSettings, steps: int, warmup: int, num_losses: i
         **surroundings(device),
         "settings": settings.to_dict(),
     }
+    if processes > 1:
+        # PyTorch joins gloo's threads while it holds the interpreter, which they need to drop their last tensors.
+        time.sleep(0.2)
     trainer.accelerator.end_training()
     return figures
 
