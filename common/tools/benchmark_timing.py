@@ -19,12 +19,13 @@ PARTS_SECONDS = 10.0  # the longest that parts are timed
 
 
 def device_clock(
-    device: torch.device, decode_device: torch.device
+    device: torch.device, decode_device: torch.device | None = None
 ) -> tuple[Callable[[], object], Callable[[list], list[float]]]:
     """(mark, read): `mark()` notes a moment in the device's order of work, `read(marks)` → milliseconds between them.
 
     Read only once the device has done all that was asked of it. With a device for each part, a mark waits for both.
     """
+    decode_device = decode_device or device
     if device.type != "cuda" or device != decode_device:
 
         def wait() -> float:

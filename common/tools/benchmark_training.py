@@ -42,7 +42,7 @@ from common.config.command_line import ArgumentParser, refuse_unwritable, whole_
 from common.config.errors import UserError, is_out_of_memory, one_line, run_cli
 from common.config.loader import load_settings
 from common.config.settings import TrainingSettings
-from common.tools.benchmark import device_clock
+from common.tools.benchmark_timing import device_clock
 from common.tools.benchmark_training_table import losses_table, summary, table
 from common.training.random_batches import random_batches
 from common.training.throughput import measured_product, peak_memory_gib
