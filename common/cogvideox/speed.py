@@ -44,7 +44,7 @@ def add_speed_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the model: the first start takes minutes longer, further ones on the same machine less than one",
+        help="compile the model: the first start takes a minute or two longer, further ones on the same machine less",
     )
     parser.add_argument("--float8", action="store_true", help="linear layers in float8: faster, less exact")
     backends = sorted(backend.value for backend in AttentionBackendName)
