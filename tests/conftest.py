@@ -35,6 +35,16 @@ def _single_thread():
 
 
 @pytest.fixture
+def traced(monkeypatch):
+    """Has compiled modules run by a backend that only traces: making C++ of them would take minutes."""
+    compile_ = torch.nn.Module.compile
+    quick = {"backend": "aot_eager", "options": None}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compile_(self, **(more | quick)))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -64,6 +64,11 @@ def make_streamable(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
     return vae
 
 
+def latent_form(vae: AutoencoderKLCogVideoX) -> tuple[int, int]:
+    """C, and how many pixels wide and high a latent is."""
+    return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def match_memory_format(z: Tensor, decoder: nn.Module) -> Tensor:
     """[B,C,F,H,W] with channels last if the decoder's weights are so (`compile_decoder`)."""
     weight = decoder.conv_in.conv.weight

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import nn
 
 from common.cogvideox.autoencoder import make_streamable
+from common.cogvideox.transformer import all_blocks
 
 MAX_COMPILED_KINDS = 64  # of calls of a block
 # Normalisation, activation and the frames kept from the last chunk in one pass over memory: beyond these counts the
@@ -23,7 +24,7 @@ def compile_blocks(transformer: nn.Module) -> None:
     be more often than torch allows unasked.
     """
     _allow_many_kinds()
-    for block in (*transformer.transformer_blocks, *(getattr(transformer, "control_blocks", None) or ())):
+    for block in all_blocks(transformer):
         block.compile(fullgraph=True, dynamic=False)
 
 

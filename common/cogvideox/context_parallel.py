@@ -107,22 +107,23 @@ def in_lockstep(stream: Stream) -> Iterator[Stream | None]:
     The first takes the stream's chunks as it likes. It tells the others of every shift, and they make it too, with the
     same noise, signals and latents; what is within is theirs once the first has left it.
     """
+    if num_processes() == 1:
+        yield stream
+        return
     shift = stream.shift
-    if num_processes() > 1 and not is_first_process():
+    if is_first_process():
+
+        def shift_together() -> Tensor:
+            _tell(True)
+            return shift()
+
+        stream.shift = shift_together
+        yield stream
+        _tell(False)
+    else:
         while _tell(True):
             shift()
         yield None
-        return
-
-    def shift_together() -> Tensor:
-        _tell(True)
-        return shift()
-
-    if num_processes() > 1:
-        stream.shift = shift_together
-    yield stream
-    if num_processes() > 1:
-        _tell(False)
 
 
 def _tell(go_on: bool) -> bool:
@@ -166,13 +167,16 @@ def shard_over_processes(transformer: ModelMixin) -> None:
         if name not in divided:
             registry = HookRegistry.check_if_exists_or_initialize(transformer.get_submodule(name))
             registry.register_hook(GatherSharesHook([plan], settings), "gather_shares")
-    transformer.register_forward_pre_hook(partial(_choose_ulysses, settings), with_kwargs=True)
+    choose = partial(_choose_ulysses, settings, inspect.signature(transformer.forward))
+    transformer.register_forward_pre_hook(choose, with_kwargs=True)
 
 
-def _choose_ulysses(settings: ContextParallelConfig, transformer: ModelMixin, args: tuple, kwargs: dict) -> None:
+def _choose_ulysses(
+    settings: ContextParallelConfig, signature: inspect.Signature, transformer: ModelMixin, args: tuple, kwargs: dict
+) -> None:
     """Plain Ulysses where all shares are even: for uneven ones diffusers has the processes tell one another their sizes
     four times a layer, and a GPU waits for that."""
-    given = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
+    given = signature.bind(*args, **kwargs).arguments
     height, width = given["hidden_states"].shape[-2:]
     tokens_per_frame = (height // transformer.config.patch_size) * (width // transformer.config.patch_size)
     numbers = (tokens_per_frame, given["encoder_hidden_states"].shape[1], transformer.config.num_attention_heads)

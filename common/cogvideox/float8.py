@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from common.cogvideox.transformer import all_blocks
+
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
 
@@ -31,7 +33,6 @@ class Float8Linear(nn.Module):
         self.register_buffer("weight", weight)  # [O,I]
         self.register_buffer("scale", scale.t().contiguous())  # [1,O]
         self.bias = linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float8Linear":
         quantised = {"weight": self.weight, "scale": self.scale}
@@ -58,12 +59,14 @@ def use_float8(transformer: nn.Module) -> int:
     Modulations stay as they are: their inputs are a few rows, which is no work, and all tokens depend on them. So do
     the layers before and after the blocks.
     """
-    replaced = 0
-    for block in (*transformer.transformer_blocks, *(getattr(transformer, "control_blocks", None) or ())):
-        for part in (block.attn1, getattr(block, "ff", None)):
-            for module in list(part.modules()) if part is not None else ():
-                for name, child in module.named_children():
-                    if isinstance(child, nn.Linear) and child.in_features % 16 == child.out_features % 16 == 0:
-                        setattr(module, name, Float8Linear(child))
-                        replaced += 1
-    return replaced
+    parts = [part for block in all_blocks(transformer) for part in (block.attn1, getattr(block, "ff", None)) if part]
+    layers = [
+        (module, name, child)
+        for part in parts
+        for module in part.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) and child.in_features % 16 == child.out_features % 16 == 0
+    ]
+    for module, name, child in layers:
+        setattr(module, name, Float8Linear(child))
+    return len(layers)

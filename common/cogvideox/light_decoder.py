@@ -28,16 +28,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.cogvideox.autoencoder import latent_form
 from common.cogvideox.chunk_decoder import ChunkDecoder
 from common.cogvideox.pipeline_io import refuse_other_keys
 from common.config.errors import UserError, one_line
 
-TIME_FACTORS = (2, 2)  # of the first upsamples; the others leave time as it is
+TIME_FACTORS = (2, 2)  # of the first upsamplings; the others leave time as it is
 
 RESIDUAL_GAIN = 0.1  # variance that a block adds, at first
 PICTURE_DEVIATION = 0.3  # of ordinary pictures, which lie in [−1,1]
 
-State = tuple[Tensor, ...]  # of a stream: one [B,D,·,·] a block that has_memory
+State = tuple[Tensor, ...]  # of a stream: one [B,D,·,·] a block with memory
 
 
 class Block(nn.Module):
@@ -50,7 +51,7 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """[t·B,D,·,·] and, where it has_memory, what came before it [B,D,·,·] → [t·B,D,·,·]."""
+        """[t·B,D,·,·] and, with memory, what came before it [B,D,·,·] → [t·B,D,·,·]."""
         seen = x
         if self.has_memory:
             previous = torch.cat([before, x[: -len(before)]])
@@ -163,11 +164,6 @@ class LightVideoDecoder(ModelMixin, ConfigMixin):
                 x = block(x, before)
             x = enlarge(x, batch_size, is_first)
         return x.unflatten(0, (-1, batch_size)).transpose(0, 1), tuple(new_state)
-
-
-def latent_form(vae: AutoencoderKLCogVideoX) -> tuple[int, int]:
-    """C, and how many pixels wide and high a latent is."""
-    return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 class LightStreamingDecoder(ChunkDecoder):

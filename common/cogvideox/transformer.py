@@ -22,6 +22,11 @@ from common.cogvideox.normalization import FrameAdaLayerNorm, FrameLayerNormZero
 CONTROL_PREFIXES = ("control_embedding.", "control_blocks.")
 
 
+def all_blocks(transformer: nn.Module) -> tuple[nn.Module, ...]:
+    """The base blocks and control blocks of a CogVideoX transformer, diffusers' or ours."""
+    return (*transformer.transformer_blocks, *(getattr(transformer, "control_blocks", None) or ()))
+
+
 class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
     """`CogVideoXTransformer3DModel` (1.0) that denoises every latent frame at its own timestep and obeys a signal.
 

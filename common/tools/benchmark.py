@@ -18,11 +18,9 @@ Shapes: B batch, F latent frames of a window, N raw frames of a chunk, h w pixel
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ from common.cogvideox.speed import SpeedOptions, add_speed_options, speed_option
 from common.cogvideox.streaming import VideoStream
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable
 from common.config.errors import UserError, run_cli
-from common.tools.benchmark_timing import PARTS, measure
+from common.tools.benchmark_timing import PARTS, measure, surroundings
 from common.tools.inference import OUT_OF_MEMORY_HELP, generator_for, load_scheduler, load_streaming_pipeline
 
 # One more at a time, in this order; the first two leave results as they are, but for rounding.
@@ -44,18 +42,10 @@ CHANGES = {
 }
 
 
-def surroundings(pipeline: CogVideoXStreamingPipeline) -> dict:
+def about_run(pipeline: CogVideoXStreamingPipeline) -> dict:
     """What the figures depend on besides the model."""
-    device = pipeline.device
-    is_cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device.type} ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "processes": num_processes(),
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
+    dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
+    return {"processes": num_processes(), "dtype": dtype, **surroundings(pipeline.device)}
 
 
 def table(figures: dict) -> str:
@@ -145,7 +135,7 @@ def benchmark(args: argparse.Namespace) -> dict | None:
     pipeline, embeds = load_streaming_pipeline(args, options, prompts, scheduler=scheduler)
     about = {"model": str(args.model_path)}
     if args.ablation:
-        return about | {"rows": ablation(pipeline, embeds, args, dtype)} | surroundings(pipeline)
+        return about | {"rows": ablation(pipeline, embeds, args, dtype)} | about_run(pipeline)
     with in_lockstep(open_stream(pipeline, embeds, args, overlap=True)) as warm_up:
         for _ in range(2 if warm_up else 0):  # two kinds of chunk: the first, and all others
             next(warm_up)
@@ -153,19 +143,22 @@ def benchmark(args: argparse.Namespace) -> dict | None:
     about |= {"ready_s": time.perf_counter() - started, **vars(options)}
     with in_lockstep(open_stream(pipeline, embeds, args, overlap=True)) as stream:
         figures = measure(stream, pipeline.device, args.seconds, args.warmup) if stream else None
-    return about | figures | surroundings(pipeline) if figures else None
+    return about | figures | about_run(pipeline) if figures else None
 
 
 @torch.no_grad()
 def outputs(pipeline: CogVideoXStreamingPipeline, stream: VideoStream, seed: int) -> dict[str, Tensor]:
     """What the transformer says of a window of noise, and the VAE of some latents: float32 on the CPU."""
     generator, plan = torch.Generator().manual_seed(seed), stream.plan
+    batch_size, _, *rest = stream.latent_shape
     latents = torch.randn(stream.latent_shape, generator=generator).to(pipeline.device)
-    raw_frames = [[[0] * pipeline.vae_scale_factor_temporal] * plan.num_frames] * len(latents)
+    chunks = [plan.frames_per_group + 1, plan.frames_per_group]  # as in a stream: no other kinds are to be compiled
+    finished = torch.randn((batch_size, sum(chunks), *rest), generator=generator)
+    raw_frames = [[[0] * pipeline.vae_scale_factor_temporal] * plan.num_frames] * batch_size
     control = stream.denoiser.control_embeds(raw_frames)
     told = plan.steady[0].timesteps
     decoder = pipeline.make_decoder()
-    pixels = [decoder.decode(piece) for piece in latents[:, :3].split([1, 2], dim=1)]
+    pixels = [decoder.decode(chunk) for chunk in finished.split(chunks, dim=1)]
     return {"transformer": stream.denoiser(latents, told, control).cpu(), "pixels": torch.cat(pixels, 1).float().cpu()}
 
 
@@ -181,6 +174,8 @@ def ablation(
     if args.light_decoder:
         changes["light decoder"] = SpeedOptions(light_decoder=args.light_decoder, compile=True)
     for name, options in changes.items():
+        if pipeline.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pipeline.device)  # of the rows before, and of the float32 weights
         if options is None:
             is_overlapped = True
         else:

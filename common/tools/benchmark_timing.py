@@ -1,12 +1,16 @@
-"""The benchmark's clocks: a stream's chunks, part by part and as a whole.
+"""The benchmarks' clocks and surroundings; and a stream's chunks, part by part and as a whole.
 
 Shapes: B batch, N raw frames of a chunk, h w pixels.
 """
 
+import platform
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
+import accelerate
+import diffusers
 import numpy as np
 import torch
 
@@ -16,6 +20,21 @@ from common.training.throughput import peak_memory_gib
 
 PARTS = ("transformer", "vae", "transfer")
 PARTS_SECONDS = 10.0  # the longest that parts are timed
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on besides the settings."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "diffusers": diffusers.__version__,
+        "accelerate": accelerate.__version__,
+    }
 
 
 def device_clock(
@@ -108,5 +127,4 @@ def measure(stream: VideoStream, device: torch.device, seconds: float, warmup: i
     figures = parts | time_stream(stream, seconds) | {"peak_memory_gib": peak_memory_gib(device)}
     if device.type == "cuda":
         figures["reserved_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-        torch.cuda.reset_peak_memory_stats(device)
     return figures

@@ -23,7 +23,6 @@ without --try.
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -33,8 +32,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import diffusers
 import torch
 
 from common.cogvideox.loading import COUNT
@@ -42,7 +39,7 @@ from common.config.command_line import ArgumentParser, refuse_unwritable, whole_
 from common.config.errors import UserError, is_out_of_memory, one_line, run_cli
 from common.config.loader import load_settings
 from common.config.settings import TrainingSettings
-from common.tools.benchmark_timing import device_clock
+from common.tools.benchmark_timing import device_clock, surroundings
 from common.tools.benchmark_training_table import losses_table, summary, table
 from common.training.random_batches import random_batches
 from common.training.throughput import measured_product, peak_memory_gib
@@ -146,29 +143,12 @@ def time_steps(trainer: Trainer, steps: int) -> tuple[list[float], int, float]:
 
 def peak_memory(device: torch.device) -> dict[str, float | None]:
     """In GiB. "device_used_gib" is of all processes on the GPU, with what CUDA itself takes."""
-    if device.type != "cuda":
-        return {"peak_allocated_gib": peak_memory_gib(device), "peak_reserved_gib": None, "device_used_gib": None}
-    free, total = torch.cuda.mem_get_info(device)
-    return {
-        "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
-        "device_used_gib": (total - free) / GIB,
-    }
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the settings."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type} ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "diffusers": diffusers.__version__,
-        "accelerate": accelerate.__version__,
-    }
+    figures = {"peak_allocated_gib": peak_memory_gib(device), "peak_reserved_gib": None, "device_used_gib": None}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        figures["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+        figures["device_used_gib"] = (total - free) / GIB
+    return figures
 
 
 def run_trial(name: str, words: list[str]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
-from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder, latent_form, load_light_decoder
+from common.cogvideox.autoencoder import StreamingDecoder, encode_frames, latent_form
+from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder, load_light_decoder
 from common.cogvideox.loading import COUNT, PIXELS, add_place_options, device_and_dtype, picture_size
 from common.cogvideox.pipeline_io import load_component, read_model_index
 from common.config.command_line import (

@@ -32,37 +32,51 @@ def random_batches(
         common.data.loader describes them.
     """
     size, first = settings.train_batch_size, rank * settings.train_batch_size
-    made = [_random_batch(settings, needs_control, number, range(first, first + size)) for number in range(NUM_BATCHES)]
-    return itertools.islice(itertools.cycle(made), start_step, None)
-
-
-def _random_batch(settings: TrainingSettings, needs_control: bool, number: int, slots: range) -> dict[str, Any]:
     base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
     index = read_model_index(base)
     transformer, vae = (component_config(base, name, index)[1] for name in ("transformer", "vae"))
     scale = pixels_per_latent(base, index)
     frames = (settings.frame_buckets[0] - 1) // VAE_TIME_FACTOR + 1
-    height, width = settings.height_buckets[0] // scale, settings.width_buckets[0] // scale
-    channels = vae["latent_channels"]
+    latent_shape = (
+        frames, vae["latent_channels"], settings.height_buckets[0] // scale, settings.width_buckets[0] // scale,
+    )  # fmt: skip
+    text_shape = (settings.max_sequence_length, transformer["text_embed_dim"])
+    made = [
+        _random_batch(settings, latent_shape, vae["scaling_factor"], text_shape, number, range(first, first + size))
+        for number in range(NUM_BATCHES)
+    ]
+    if not needs_control:
+        made = [{name: value for name, value in batch.items() if name != "control_indices"} for batch in made]
+    return itertools.islice(itertools.cycle(made), start_step, None)
+
+
+def _random_batch(
+    settings: TrainingSettings,
+    latent_shape: tuple[int, int, int, int],
+    scaling_factor: float,
+    text_shape: tuple[int, int],
+    number: int,
+    slots: range,
+) -> dict[str, Any]:
+    """One batch, from a latent's shape [F,C,H,W] and a caption's [L,D]."""
+    frames, channels, height, width = latent_shape
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" and device.type == "cuda" else torch.float32
 
     moments = torch.full((len(slots), frames, 2 * channels, height, width), LOG_VARIANCE, device=device)
-    text = torch.empty(
-        (len(slots), settings.max_sequence_length, transformer["text_embed_dim"]), device=device, dtype=dtype
-    )
+    text = torch.empty((len(slots), *text_shape), device=device, dtype=dtype)
     control = torch.empty((len(slots), frames, VAE_TIME_FACTOR), dtype=torch.int64)
     for row, slot in enumerate(slots):
         generator = torch.Generator().manual_seed(derive_seed("random batch", settings.seed, number, slot))
-        mean = torch.randn((frames, channels, height, width), generator=generator)
-        moments[row, :, :channels] = mean.to(device) / vae["scaling_factor"]  # latents of variance 1
-        text[row] = torch.randn(text.shape[1:], generator=generator).to(device, dtype)
+        mean = torch.randn(latent_shape, generator=generator)
+        moments[row, :, :channels] = mean.to(device) / scaling_factor  # latents of variance 1
+        text[row] = torch.randn(text_shape, generator=generator).to(device, dtype)
         control[row] = torch.randint(0, len(CONTROL_TOKENS), (frames, 1), generator=generator)  # held for 4 raw frames
-    batch = {
+    return {
         "latent_moments": moments,
         "prompt_embeds": text,
         "captions": [""] * len(slots),
         "sample_ids": [f"random {number}.{slot}" for slot in slots],
         "slots": torch.arange(slots.start, slots.stop),
+        "control_indices": control.to(device),
     }
-    return batch | ({"control_indices": control.to(device)} if needs_control else {})

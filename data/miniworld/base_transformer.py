@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
 
+from common.cogvideox.autoencoder import latent_form
 from common.cogvideox.model_sizes import SIZES
 from common.training.encoding import sample_posterior
 from data.miniworld.base_text import MAX_TEXT_LENGTH, TEXT_DIM
@@ -28,7 +29,7 @@ def make_transformer(
     As in DiT (arXiv 2212.09748, section 3.2) every block starts as the identity and the output as zero; with PyTorch's
     own initialisation long runs were not stable.
     """
-    config, scale = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
+    config, scale = vae.config, latent_form(vae)[1]
     given = {
         "num_attention_heads": num_heads,
         "in_channels": config.latent_channels,

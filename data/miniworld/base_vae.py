@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
+from common.cogvideox.autoencoder import latent_form
 from common.config.settings import VAE_TIME_FACTOR
 from data.miniworld.base_training import Batch
 
@@ -87,7 +88,7 @@ def vae_batches(
 
     A batch is uint8 "pixels" [B, N, 3, h, w] and the posterior's "noise" [B, C, F, H, W].
     """
-    channels, scale = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    channels, scale = latent_form(vae)
 
     def batch_of_step(step: int, progress: float) -> Batch:
         images = progress < image_share

@@ -18,19 +18,6 @@ def make_vae():
     ).eval()  # fmt: skip
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Has compiled modules run by the backend that only traces."""
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **more: compile_(self, **(more | {"backend": "aot_eager", "options": None})),
-    )
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @torch.no_grad()
 def test_a_compiled_decoder_equals_diffusers_and_compiles_for_two_kinds_of_chunk(traced, channels_last):

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from common.tools import benchmark
 
@@ -29,14 +28,8 @@ def test_benchmark_of_a_streaming_model(run_program, tiny_models, tmp_path, stag
     assert f"2 × {figures['fps']:.1f} frames a second of 48×32" in said
 
 
-def test_ablation_adds_one_change_after_the_other(run_program, tiny_models, tmp_path, monkeypatch):
-    """In bfloat16 with PyTorch's eager backend: what is compiled is not our subject here, and takes minutes."""
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **more: compile_(self, **(more | {"backend": "eager", "options": None})),
-    )
+def test_ablation_adds_one_change_after_the_other(run_program, tiny_models, tmp_path, traced):
+    """In bfloat16."""
     output = tmp_path / "figures.json"
     brief = ["--seconds", "0.01", "--warmup", "1", "--device", "cpu", "--dtype", "bfloat16", "--ablation"]
     said = run_program("common/tools/benchmark.py", "--model_path", tiny_models / "stage4", *brief, "--output", output)
