@@ -139,7 +139,9 @@ class ControlAttnProcessor:
             )
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
-        with sdpa_kernel(NOT_CUDNN) if query.is_cuda else nullcontext():
+        # The fused kernels' backward is slow with so few keys: 1.4 ms a layer.
+        kernels = SDPBackend.MATH if torch.is_grad_enabled() and query.requires_grad else NOT_CUDNN
+        with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
             tokens = nnf.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)  # [B,h,F·S,d]
         tokens = tokens.transpose(1, 2).flatten(2)  # [B,F·S,D]
         return attn.to_out[1](attn.to_out[0](tokens))

@@ -75,7 +75,11 @@ class TrainingSettings:
     train_batch_size: int = 1  # samples per process and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per optimizer step
     max_train_steps: int = 100_000  # optimizer steps of the whole run
-    optimizer: str = "adamw"  # or "muon": orthogonal steps for weight matrices, AdamW for the rest; not with FSDP
+    optimizer: str = "adamw"  # "adamw_8bit": moments in 2 bytes a weight instead of 8; "muon": orthogonal steps for
+    # weight matrices, AdamW for the rest, not with FSDP
+    trained_weights: str = "float32"  # or "bfloat16", rounded stochastically: half the memory, with "adamw_8bit" alone
+    step_in_backward: bool = False  # with "adamw_8bit" on one GPU: a weight takes its step as soon as its gradient is
+    # there, so gradients take no memory; each weight's step is bounded instead, and max_grad_norm has no effect
     learning_rate: float = 1e-5  # peak learning rate
     lr_scheduler: str = "constant_with_warmup"  # diffusers' name of the learning rate's course
     lr_warmup_steps: int = 200  # optimizer steps over which the learning rate rises from zero
@@ -88,6 +92,8 @@ class TrainingSettings:
     # int first: a "1" on the launch line is one block and no word for True
     gradient_checkpointing: int | bool = True  # blocks that recompute activations in the backward pass, spread evenly:
     # True for all, False for none, or how many; the more, the less memory and the slower
+    activation_budget: float = 1.0  # with compile: share of its activations that a block which does not recompute keeps
+    # for the backward pass; what is cheapest to compute again is dropped first
     compile: bool = False  # compile each transformer block: faster steps after a minute or two of compiling
     cuda_graph: bool = False  # record the step once and replay it: for small models on one GPU, with cached latents
 
@@ -125,8 +131,11 @@ class TrainingSettings:
             for name, needed in (("gradient_checkpointing", False), ("gradient_accumulation_steps", 1)):
                 if getattr(self, name) != needed:
                     raise SettingError("cuda_graph", f"needs {name} = {needed}; a recorded step has no other form")
+            if self.optimizer == "adamw_8bit":
+                raise SettingError("cuda_graph", "needs optimizer = 'adamw' or 'muon'; 'adamw_8bit' cannot be recorded")
             if not self.latent_cache_dir:
                 raise SettingError("cuda_graph", "needs latent_cache_dir; encoding videos cannot be recorded")
+        self._check_precision()
         if self.latent_cache_dir and self.windows_per_clip == 0:
             raise SettingError("latent_cache_dir", "a cache holds fixed windows; set windows_per_clip to 1 or more")
 
@@ -183,7 +192,7 @@ class TrainingSettings:
         for name in at_least_zero:
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise SettingError(name, f"must be 0 or more, got {getattr(self, name)}")
-        for name in ("caption_dropout", "max_unreadable_share"):
+        for name in ("caption_dropout", "max_unreadable_share", "activation_budget"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(name, f"must lie between 0 and 1, got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
@@ -197,13 +206,24 @@ class TrainingSettings:
             raise SettingError("mixed_precision", "'fp16' overflows in the T5 text encoder; use 'bf16' or 'no'")
         for name, choices in (
             ("mixed_precision", ("no", "bf16")),
-            ("optimizer", ("adamw", "muon")),
+            ("optimizer", ("adamw", "adamw_8bit", "muon")),
+            ("trained_weights", ("float32", "bfloat16")),
             ("lr_scheduler", LR_SCHEDULERS),
             ("report_to", ("tensorboard", "wandb", "none")),
         ):
             if getattr(self, name) not in choices:
                 wanted = ", ".join(map(repr, choices))
                 raise SettingError(name, f"{getattr(self, name)!r} is not one of {wanted}")
+
+    def _check_precision(self) -> None:
+        if self.trained_weights == "bfloat16":
+            for name, needed in (("optimizer", "adamw_8bit"), ("mixed_precision", "bf16")):
+                if getattr(self, name) != needed:
+                    raise SettingError("trained_weights", f"'bfloat16' needs {name} = {needed!r}")
+        if self.step_in_backward:
+            for name, needed in (("optimizer", "adamw_8bit"), ("gradient_accumulation_steps", 1)):
+                if getattr(self, name) != needed:
+                    raise SettingError("step_in_backward", f"needs {name} = {needed!r}")
 
     def _check_buckets(self) -> None:
         for name in ("frame_buckets", "height_buckets", "width_buckets"):

@@ -7,6 +7,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common.training.low_precision_adamw import LowPrecisionAdamW
 from common.training.muon import MuonAdamW
 
 # Courses whose value at a step does not depend on where the run ends, so that a run may be prolonged.
@@ -14,20 +15,27 @@ ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter of all that is trained.
-
-    AdamW on bfloat16 weights rounds most small updates away, so trained weights have to be float32.
-    """
+    """Name → parameter of all that is trained."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert parameters, "no parameter of the objective's module requires a gradient"
-    for name, parameter in parameters.items():
-        assert parameter.dtype == torch.float32, f"{name} is trained in {parameter.dtype}; cast it to float32"
     return parameters
 
 
-def build_optimizer(settings: Any, module: nn.Module) -> torch.optim.AdamW:
+def build_optimizer(settings: Any, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW or Muon over every trained parameter, with the settings' decoupled weight decay on all of them."""
-    parameters = list(trained_parameters(module).values())
+    named = trained_parameters(module)
+    for name, parameter in named.items():  # AdamW would round most small updates of bfloat16 weights away
+        rounds = settings.optimizer == "adamw_8bit" and parameter.dtype == torch.bfloat16
+        assert rounds or parameter.dtype == torch.float32, f"{name} is trained in {parameter.dtype}; cast it to float32"
+    parameters = list(named.values())
+    if settings.optimizer == "adamw_8bit":
+        betas = settings.adam_beta1, settings.adam_beta2
+        optimizer = LowPrecisionAdamW(
+            parameters, settings.learning_rate, betas, settings.adam_epsilon, settings.weight_decay
+        )
+        if settings.step_in_backward:
+            optimizer.step_in_backward()
+        return optimizer
     recorded = settings.cuda_graph and parameters[0].device.type == "cuda"
     kind = MuonAdamW if settings.optimizer == "muon" else torch.optim.AdamW
     return kind(
@@ -109,6 +117,11 @@ def load_optimizer_state(
     for full_key, value in state.items():
         key, name = full_key.split(":", 1)
         parameter = parameters[name]
-        # "step" is a number for each parameter; only what has the parameter's shape is sharded with it.
-        placed = like_parameter(value, parameter) if value.dim() else value.to(parameter.device)
+        # "step" is a number for each parameter, which PyTorch's fused AdamW wants on the GPU and ours does not; only
+        # what has the parameter's rows is sharded with it.
+        counts_on_host = isinstance(optimizer, LowPrecisionAdamW)
+        if value.dim():
+            placed = like_parameter(value, parameter)
+        else:
+            placed = value.to("cpu" if counts_on_host else parameter.device)
         optimizer.state[parameter][key] = placed

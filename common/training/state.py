@@ -84,6 +84,7 @@ class TrainingState:
         if hasattr(module, "transformer_blocks"):
             recompute_blocks(module, settings.gradient_checkpointing)
         if settings.compile:
+            torch._functorch.config.activation_memory_budget = settings.activation_budget
             objective.compile()
         module.train()
         if checkpoint is not None:
@@ -97,9 +98,14 @@ class TrainingState:
 
     def optimizer_step(self) -> torch.Tensor:
         """Clips, steps, clears the gradients. Returns the gradient's norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.settings.step_in_backward:
+            norm = self.optimizer.optimizer.gradient_norm()  # the steps are done
+        else:
+            norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
+            if self.settings.optimizer == "adamw_8bit":  # it rounds at random: alike in all processes
+                seed_everything(self.settings.seed, "optimizer", self.step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.objective.after_optimizer_step(self.step + 1)
         return optimizers.whole_tensor(norm)
 

@@ -101,7 +101,8 @@ class Trainer:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         self.accelerator = accelerator = Accelerator(
             cpu=not on_gpu,
-            mixed_precision=settings.mixed_precision if on_gpu else "no",
+            # A CPU computes in float32 unless the weights are of less.
+            mixed_precision=settings.mixed_precision if on_gpu or settings.trained_weights == "bfloat16" else "no",
             log_with=None if settings.report_to == "none" else settings.report_to,
             project_dir=str(self.output_dir / "logs"),
             kwargs_handlers=[
@@ -116,9 +117,10 @@ class Trainer:
         self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
         check_writable(self.output_dir)
         self.state = TrainingState(settings, self.objective, accelerator, checkpoint)
+        for name in ("cuda_graph", "step_in_backward"):
+            if getattr(settings, name) and accelerator.num_processes > 1:
+                raise SettingError(name, f"is for one process, here are {accelerator.num_processes}")
         if settings.cuda_graph:
-            if accelerator.num_processes > 1:
-                raise SettingError("cuda_graph", f"is for one process, here are {accelerator.num_processes}")
             self.step_graph = StepGraph(self.micro_step, accelerator.device)
         self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)
         self.clock = StepClock()

@@ -57,7 +57,7 @@ class SwinDPMObjective(StreamingObjective):
     """v-prediction with noise rising from group to group behind a clean condition frame; all weights are trained."""
 
     base_pipeline = "CogVideoXControlPipeline"
-    transformer_dtype = torch.float32  # all of it is trained: the master weights
+    trains_base = True
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         return transformer.requires_grad_(True)

@@ -86,7 +86,7 @@ class SCMObjective(StreamingObjective):
     """Three roles over one architecture: the frozen teacher, the student (`module`), the EMA student as target."""
 
     base_pipeline = "CogVideoXStreamingPipeline"
-    transformer_dtype = torch.float32  # of the student's master weights; the teacher is cast down
+    trains_base = True  # as the student; the teacher is cast to the compute type
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         student = CogVideoXControlTransformer3DModel.from_transformer(
@@ -112,6 +112,7 @@ class SCMObjective(StreamingObjective):
         super().load(device, weight_dtype)
         nn.Module.to(self.teacher, weight_dtype)  # diffusers' own `to` warns of an empty list of float32 modules
         self.target = copy.deepcopy(self.module).requires_grad_(False).eval()
+        nn.Module.to(self.target, torch.float32)  # a mean that moves slowly needs every digit
         self.student_scheduler = self._make_scheduler()
 
     def _make_scheduler(self) -> CogVideoXSwinLCMScheduler:
