@@ -10,7 +10,7 @@ Shapes: B batch · F latent frames · N raw frames, N = 4(F−1)+1 · C latent c
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,10 @@ class ClipDataset(Dataset):
             f"frame_buckets: found no clip for {bucket.num_frames} frames at {self.fps:g} fps ({seconds:.2f} s) among "
             f"{MAX_REPLACEMENTS} tried, the last {self.records[refused].path}; use fewer frames or longer clips"
         )
+
+    def fetch_batch(self, fetch: Callable[["ClipDataset"], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The samples of one batch: what `fetch` takes from this data set."""
+        return fetch(self)
 
     def try_clip(self, index: int, bucket_index: int, draw: int) -> dict[str, Any] | None:
         """The sample of one clip without `slot`, or None, noted and logged, when it cannot be used.

@@ -4,26 +4,27 @@ Weights are known by their content, not by their path: every stage's directory h
 encoder, so all of them share a cache.
 """
 
+import functools
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.config.errors import SettingError
 from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import TrainingSettings
 
 CACHE_FORMAT = 1
-WHOLE_UP_TO = 64 << 20  # bytes; larger files are known by samples, since hashing a text encoder of 10 GB takes a minute
-NUM_BLOCKS = 64
+WHOLE_UP_TO = 1 << 30  # bytes; larger files are known by samples, since hashing a text encoder of 10 GB takes a minute
+NUM_BLOCKS, BLOCK_BYTES = 1024, 64 << 10  # a sample in every 5 MB of a T5 shard, whose matrices have 33
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
 WEIGHT_SUFFIXES = (".json", ".safetensors", ".bin", ".model")
 
 
 def file_digest(path: str | os.PathLike, whole_up_to: int = WHOLE_UP_TO) -> str:
-    """A hash of the file's content: of all of it, or of its size and 64 blocks spread over it when it is
-    larger."""
+    """A hash of the file's content: of all of it, or of its size and blocks spread over it when it is larger."""
     path = Path(path)
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
@@ -32,11 +33,47 @@ def file_digest(path: str | os.PathLike, whole_up_to: int = WHOLE_UP_TO) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
         else:
-            block_size = whole_up_to // NUM_BLOCKS
             for number in range(NUM_BLOCKS):
-                file.seek((size - block_size) * number // (NUM_BLOCKS - 1))
-                digest.update(file.read(block_size))
+                file.seek(max(size - BLOCK_BYTES, 0) * number // (NUM_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+class VideoStamp(NamedTuple):
+    """What tells whether a video is still the one that was encoded."""
+
+    size: int
+    mtime: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> "VideoStamp | None":
+        """The stamp of a file, None without one. To be taken before the file is decoded: what changes it meanwhile is
+        then noticed."""
+        try:
+            stat = path.stat()
+            return cls(stat.st_size, stat.st_mtime_ns, _content_digest(path, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            return None
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _content_digest(path: Path, size: int, mtime: int) -> str:
+    """Of all of the file; remembered while it looks the same, since it comes up with every window and epoch."""
+    return file_digest(path, whole_up_to=sys.maxsize)
+
+
+def is_current(path: Path, size: int | None, mtime: int | None, digest: str | None) -> bool:
+    """True when the video is the one with this stamp (None: there was none), or when there is none any more: then what
+    was encoded is all there is."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return True
+    if stat.st_size != size:
+        return False
+    # A copied file has a new time and the same content.
+    return stat.st_mtime_ns == mtime or _content_digest(path, stat.st_size, stat.st_mtime_ns) == digest
 
 
 def component_digest(directory: Path) -> str:

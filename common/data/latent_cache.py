@@ -24,22 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common.config.errors import UserError
+from common.config.files import replace_text
 from common.data.buckets import Bucket
-from common.data.dataset import ClipDataset, clip_identity
-from common.data.fingerprint import differences, file_digest
+from common.data.dataset import clip_identity
+from common.data.fingerprint import VideoStamp, differences, is_current
 from common.data.index import ClipRecord
 from common.data.video import ClipError, ClipTooShort, UnreadableVideo
 
 SHARD_BYTES = 256 << 20
 RENEW = "python -m common.tools.precompute --config <the same config>"
-VIDEO_DIGEST_BYTES = 4 << 20
 MAX_OPEN_SHARDS = 64  # of a reading process
+NO_VIDEO = (None, None, None)  # in the place of a VideoStamp
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS windows (key TEXT PRIMARY KEY, shard TEXT, raw_frames BLOB, size INTEGER, mtime
@@ -47,6 +47,10 @@ INTEGER,
                                     digest TEXT, refusal TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS prompts (key TEXT PRIMARY KEY, shard TEXT) WITHOUT ROWID;
 """
+
+
+class NotInCache(UserError):
+    """The cache is of other settings or weights, or lacks something: training encodes that as it goes, if it may."""
 
 
 def _hash(*parts: Any) -> str:
@@ -65,7 +69,7 @@ def _connect(directory: Path, writable: bool) -> sqlite3.Connection:
 
 
 def check_fingerprint(directory: Path, fingerprint: dict[str, Any]) -> bool:
-    """False when `directory` holds no cache yet; UserError when it was made by other settings or weights."""
+    """False when `directory` holds no cache yet; NotInCache when it was made by other settings or weights."""
     path = directory / "fingerprint.json"
     if not path.is_file():
         return False
@@ -74,7 +78,7 @@ def check_fingerprint(directory: Path, fingerprint: dict[str, Any]) -> bool:
     except ValueError as error:
         raise UserError(f"latent_cache_dir: {path} is damaged; delete {directory} and run {RENEW}") from error
     if found != fingerprint:
-        raise UserError(
+        raise NotInCache(
             f"latent_cache_dir: {directory} does not fit these settings: {differences(fingerprint, found)}; "
             f"renew it with {RENEW} --renew, or give another directory"
         )
@@ -87,15 +91,25 @@ class LatentCacheWriter:
     def __init__(self, directory: str | os.PathLike, fingerprint: dict[str, Any], shard_bytes: int = SHARD_BYTES):
         self.directory, self.shard_bytes = Path(directory), shard_bytes
         self.directory.mkdir(parents=True, exist_ok=True)
-        if not check_fingerprint(self.directory, fingerprint):
-            partial = self.directory / f"fingerprint.{secrets.token_hex(4)}.tmp"
-            partial.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
-            partial.replace(self.directory / "fingerprint.json")
         self.index = _connect(self.directory, writable=True)
-        self.index.executescript(TABLES)
+        try:
+            self._claim(fingerprint)
+        except BaseException:
+            self.index.close()  # and its lock
+            raise
         self._tensors: dict[str, Tensor] = {}
         self._rows: list[tuple[str, tuple]] = []
         self._bytes = 0
+
+    def _claim(self, fingerprint: dict[str, Any]) -> None:
+        """Only one of several writers that start together says what the cache is made by; the others must agree."""
+        self.index.execute("BEGIN IMMEDIATE")
+        if not check_fingerprint(self.directory, fingerprint):
+            for table in ("windows", "prompts"):  # entries of which nobody knows any more what made them
+                self.index.execute(f"DROP TABLE IF EXISTS {table}")
+            replace_text(self.directory / "fingerprint.json", json.dumps(fingerprint, indent=2) + "\n")
+        self.index.execute("COMMIT")
+        self.index.executescript(TABLES)
 
     def __enter__(self) -> "LatentCacheWriter":
         return self
@@ -105,10 +119,10 @@ class LatentCacheWriter:
         self.index.close()
 
     def has_window(self, record: ClipRecord, bucket: Bucket, window: int) -> bool:
-        """True when the window is stored and its video is the same file. Refused clips are tried again."""
+        """True when the window is stored and its video has not changed. Refused clips are tried again."""
         query = "SELECT size, mtime, digest FROM windows WHERE key = ? AND refusal IS NULL"
         row = self.index.execute(query, (window_key(record, bucket, window),)).fetchone()
-        return row is not None and _same_video(record.path, *row)
+        return row is not None and is_current(record.path, *row)
 
     def has_prompt(self, caption: str) -> bool:
         """True when the caption's features are stored."""
@@ -117,21 +131,30 @@ class LatentCacheWriter:
             self.index.execute("SELECT 1 FROM prompts WHERE key = ?", (key,)).fetchone()
         )
 
-    def add_window(self, record: ClipRecord, bucket: Bucket, window: int, moments: Tensor, raw_frames: Tensor) -> None:
+    def add_window(
+        self,
+        record: ClipRecord,
+        bucket: Bucket,
+        window: int,
+        stamp: VideoStamp | None,
+        moments: Tensor,
+        raw_frames: Tensor,
+    ) -> None:
         """Moments [F, 2C, H, W] in the type they were computed in; raw_frames int64 [N], the source frames
-        shown."""
+        shown; `stamp` of the video that they are of."""
         key = window_key(record, bucket, window)
-        stamp = record.path.stat()
         frames = raw_frames.numpy().astype("<i8").tobytes()
-        values = (frames, stamp.st_size, stamp.st_mtime_ns, file_digest(record.path, VIDEO_DIGEST_BYTES), None)
-        self._add(f"w{key}", moments, "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?, ?)", (key, *values))
+        row = (key, frames, *(stamp or NO_VIDEO), None)
+        self._add(f"w{key}", moments, "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
-    def add_refusal(self, record: ClipRecord, bucket: Bucket, window: int, error: ClipError) -> None:
+    def add_refusal(
+        self, record: ClipRecord, bucket: Bucket, window: int, stamp: VideoStamp | None, error: ClipError
+    ) -> None:
         """Notes that a clip cannot be used, so that training on the cache replaces it as training on videos
         would."""
         kind = "unreadable" if isinstance(error, UnreadableVideo) else "short"
-        row = (window_key(record, bucket, window), f"{kind}:{error}")
-        self.index.execute("INSERT OR REPLACE INTO windows (key, refusal) VALUES (?, ?)", row)
+        row = (window_key(record, bucket, window), None, None, *(stamp or NO_VIDEO), f"{kind}:{error}")
+        self.index.execute("INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def add_prompt(self, caption: str, embeds: Tensor) -> None:
         """Features [L, D] of a caption."""
@@ -192,62 +215,34 @@ class LatentCache:
     def window(self, record: ClipRecord, bucket: Bucket, window: int) -> tuple[Tensor, np.ndarray]:
         """Moments [F, 2C, H, W] as stored, and the source frames int64 [N].
 
-        Raises the ClipError that the clip met when the cache was made; UserError when it is absent or has
-        changed.
+        Raises the ClipError that the clip met when the cache was made; NotInCache when it is absent or has changed.
         """
         key = window_key(record, bucket, window)
         row = self._row("SELECT shard, raw_frames, size, mtime, digest, refusal FROM windows WHERE key = ?", key)
         where = f"index entry {record.entry} ({record.name})"
         if row is None:
-            raise UserError(f"latent_cache_dir: {self.directory} lacks {where} at {bucket}; run {RENEW}")
+            raise NotInCache(f"latent_cache_dir: {self.directory} lacks {where} at {bucket}; run {RENEW}")
         shard, frames, size, mtime, digest, refusal = row
+        if not is_current(record.path, size, mtime, digest):
+            raise NotInCache(f"latent_cache_dir: the video of {where} has changed since it was encoded; run {RENEW}")
         if refusal is not None:
             kind, _, message = refusal.partition(":")
             raise (UnreadableVideo if kind == "unreadable" else ClipTooShort)(message)
-        if record.path.exists() and not _same_video(record.path, size, mtime, digest):
-            raise UserError(f"latent_cache_dir: the video of {where} has changed since it was encoded; run {RENEW}")
         return self._tensor(shard, f"w{key}"), np.frombuffer(frames, dtype="<i8").astype(np.int64)
 
     def prompt(self, caption: str) -> Tensor:
-        """Features [L, D] of a caption. Raises UserError when it is not in the cache."""
+        """Features [L, D] of a caption. Raises NotInCache."""
         row = self._row("SELECT shard FROM prompts WHERE key = ?", _hash(caption))
         if row is None:
             shown = repr(caption[:60])
-            raise UserError(f"latent_cache_dir: {self.directory} lacks the caption {shown}; run {RENEW}")
+            raise NotInCache(f"latent_cache_dir: {self.directory} lacks the caption {shown}; run {RENEW}")
         return self._tensor(row[0], f"p{_hash(caption)}")
-
-
-class LatentDataset(ClipDataset):
-    """The samples of VideoDataset, encoded: latent_moments [F, 2C, H, W], prompt_embeds [L, D], in the cache's type."""
-
-    def __init__(self, records: list[ClipRecord], buckets: list[Bucket], cache: LatentCache, **options: Any):
-        super().__init__(records, buckets, **options)
-        self.cache = cache
-
-    def fetch(self, record: ClipRecord, bucket: Bucket, draw: int) -> dict[str, Any]:
-        moments, frames = self.cache.window(record, bucket, draw % self.windows_per_clip)
-        return {
-            "latent_moments": moments,
-            "prompt_embeds": self.cache.prompt(record.caption),
-            "raw_frames": torch.from_numpy(frames),
-        }
 
 
 def clear_cache(directory: str | os.PathLike) -> None:
     """Delete a cache's own files, and nothing else that may lie in the directory."""
     directory = Path(directory)
-    for pattern in ("fingerprint*", "index.sqlite*", "shard-*.safetensors*"):
+    for pattern in ("index.sqlite*", "shard-*.safetensors*", "fingerprint*"):
         for path in directory.glob(pattern):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
-
-
-def _same_video(path: Path, size: int, mtime: int, digest: str) -> bool:
-    try:
-        stamp = path.stat()
-    except OSError:
-        return False
-    if stamp.st_size != size:
-        return False
-    # A copied file has a new time and the same content.
-    return stamp.st_mtime_ns == mtime or file_digest(path, VIDEO_DIGEST_BYTES) == digest

@@ -6,6 +6,8 @@ int64 [B] (place in the global batch); with control `control_indices` int64 [B, 
 the raw frames under each latent frame, in the order of CONTROL_TOKENS.
 """
 
+import functools
+import logging
 import os
 import signal
 import threading
@@ -21,7 +23,10 @@ from common.data.buckets import BucketBatchSampler, SampleKey, make_buckets
 from common.data.dataset import ClipDataset, VideoDataset, collate
 from common.data.fingerprint import cache_fingerprint
 from common.data.index import ClipRecord, read_index
-from common.data.latent_cache import LatentCache, LatentDataset
+from common.data.latent_cache import LatentCache, NotInCache
+from common.data.latent_dataset import LatentDataset
+
+logger = logging.getLogger(__name__)
 
 
 class TrainLoader(DataLoader):
@@ -50,7 +55,7 @@ class _ErrorCarrier(Dataset):
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]] | UserError:
         try:
-            return [self.dataset[key] for key in keys]
+            return self.dataset.fetch_batch(lambda dataset: [dataset[key] for key in keys])
         except UserError as error:
             return UserError(str(error))
 
@@ -92,21 +97,38 @@ def read_records(settings: TrainingSettings, needs_control: bool) -> tuple[list[
     return records[:-wanted], records[-wanted:]
 
 
-def build_dataset(settings: TrainingSettings, records: list[ClipRecord], needs_control: bool) -> ClipDataset:
-    """The data set that the settings ask for: from the latent cache if one is set, else decoding the
-    videos."""
+def build_dataset(
+    settings: TrainingSettings, records: list[ClipRecord], needs_control: bool, **changes: Any
+) -> ClipDataset:
+    """The data set that the settings ask for: from the latent cache if one is set and fits, else decoding the
+    videos. `changes` replace options of the data set."""
     options = {
         "fps": settings.fps,
         "seed": settings.seed,
         "windows_per_clip": settings.windows_per_clip,
         "needs_control": needs_control,
         "max_unreadable_share": settings.max_unreadable_share,
+        **changes,
     }
     buckets = make_buckets(settings.frame_buckets, settings.height_buckets, settings.width_buckets)
-    if settings.latent_cache_dir:
+    videos = VideoDataset(records, buckets, **options)
+    if not settings.latent_cache_dir:
+        return videos
+    must_fit = settings.cuda_graph  # in which no video can be encoded
+    try:
         cache = LatentCache(settings.latent_cache_dir, cache_fingerprint(settings))
-        return LatentDataset(records, buckets, cache, **options)
-    return VideoDataset(records, buckets, **options)
+    except NotInCache as error:
+        if must_fit:
+            raise
+        _warn_once(f"videos are encoded while training, which is slow: {error}")
+        return videos
+    return LatentDataset(records, buckets, cache, None if must_fit else videos, **options)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Training and held-out clips meet the same cache."""
+    logger.warning(message)
 
 
 def build_train_loader(
@@ -142,11 +164,14 @@ def build_validation_batch(settings: TrainingSettings, needs_control: bool) -> d
     _, records = read_records(settings, needs_control)
     if not records:
         return None
-    dataset = build_dataset(settings, records, needs_control)
     # Fixed windows, whatever training draws, so that the curve does not move with the seed.
-    dataset.windows_per_clip = max(settings.windows_per_clip, 1)
-    dataset.max_unreadable_share = 1.0
-    samples = [sample for index in range(len(records)) if (sample := dataset.try_clip(index, 0, 0)) is not None]
+    windows_per_clip = max(settings.windows_per_clip, 1)
+    dataset = build_dataset(
+        settings, records, needs_control, windows_per_clip=windows_per_clip, max_unreadable_share=1.0
+    )
+    samples = dataset.fetch_batch(
+        lambda data: [sample for index in range(len(records)) if (sample := data.try_clip(index, 0, 0)) is not None]
+    )
     if not samples:
         raise UserError(
             f"num_validation_clips: none of the {len(records)} held-out clips can be used for {dataset.buckets[0]} "

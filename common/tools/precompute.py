@@ -28,7 +28,7 @@ from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import TrainingSettings
 from common.data.buckets import make_buckets
 from common.data.dataset import VideoDataset
-from common.data.fingerprint import cache_fingerprint
+from common.data.fingerprint import VideoStamp, cache_fingerprint
 from common.data.index import ClipRecord
 from common.data.latent_cache import LatentCacheWriter, clear_cache
 from common.data.loader import read_records
@@ -55,14 +55,14 @@ class _Windows(Dataset):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, number: int) -> tuple[Task, dict[str, Any] | ClipError]:
+    def __getitem__(self, number: int) -> tuple[Task, VideoStamp | None, dict[str, Any] | ClipError]:
         task = self.tasks[number]
+        record, bucket = self.videos.records[task.record], self.videos.buckets[task.bucket]
+        stamp = VideoStamp.of(record.path)
         try:
-            return task, self.videos.fetch(
-                self.videos.records[task.record], self.videos.buckets[task.bucket], task.window
-            )
+            return task, stamp, self.videos.fetch(record, bucket, task.window)
         except ClipError as error:
-            return task, type(error)(str(error))  # without its traceback, which cannot leave the process
+            return task, stamp, type(error)(str(error))  # without its traceback, which cannot leave the process
 
 
 def video_dataset(settings: TrainingSettings, records: list[ClipRecord]) -> VideoDataset:
@@ -94,16 +94,16 @@ def encode_windows(
     """Decode in `num_workers` processes, encode one clip at a time, add to the cache."""
     dtype = next(vae.parameters()).dtype
     loader = DataLoader(_Windows(videos, tasks), batch_size=None, num_workers=num_workers)
-    for task, sample in tqdm(loader, desc="windows", disable=not tasks):
+    for task, stamp, sample in tqdm(loader, desc="windows", disable=not tasks):
         record, bucket = videos.records[task.record], videos.buckets[task.bucket]
         if isinstance(sample, ClipError):
             videos.note(task.record, task.bucket, sample)
-            writer.add_refusal(record, bucket, task.window, sample)
+            writer.add_refusal(record, bucket, task.window, stamp, sample)
             continue
         videos.note(task.record, task.bucket)
         # encode_moments widens to float32 what the VAE computed in `dtype`: going back loses nothing.
         moments = encode_moments(vae, sample["pixel_values"][None])[0].to(dtype)
-        writer.add_window(record, bucket, task.window, moments, sample["raw_frames"])
+        writer.add_window(record, bucket, task.window, stamp, moments, sample["raw_frames"])
 
 
 def encode_captions(

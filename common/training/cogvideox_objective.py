@@ -70,7 +70,7 @@ class CogVideoXObjective(Objective):
             dtype=weight_dtype,
         )
         if self.settings.latent_cache_dir:  # which holds the captions: the text encoder is not worth 10 GB of the GPU
-            self.encoder.keep_only(self.settings.validation_prompts)
+            self.encoder.keep_only(self.settings.validation_prompts, lambda: self._frozen("text_encoder", device))
         trained_dtype = getattr(torch, self.settings.trained_weights)
         transformer = load_component(self.base_dir, "transformer", trained_dtype if self.trains_base else weight_dtype)
         self.module = self.make_module(transformer.requires_grad_(False).to(device))

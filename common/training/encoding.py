@@ -8,6 +8,7 @@ Clips and captions are encoded one at a time: memory is that of one clip, and no
 share the batch, so training on the cache equals training without it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +102,10 @@ class LatentEncoder:
         self.device, self.dtype = torch.device(device), dtype
         self._kept: dict[str, Tensor] = {}
 
-    def keep_only(self, prompts: list[str]) -> None:
-        """Encodes these prompts and "", and lets go of the text encoder: no others can be encoded from here on."""
+    def keep_only(self, prompts: list[str], reload: Callable[[], nn.Module]) -> None:
+        """Encodes these prompts and "", and lets go of the text encoder; for another prompt `reload` brings it back."""
         self._kept |= {prompt: self.encode_prompts([prompt])[0] for prompt in ["", *prompts]}
-        self.text_encoder = None
+        self.text_encoder, self._reload = None, reload
 
     @property
     def empty_prompt(self) -> Tensor:
@@ -116,7 +117,9 @@ class LatentEncoder:
     def encode_prompts(self, captions: list[str]) -> Tensor:
         """T5 features [B, L, D], on the device and in the type of the encoded batch."""
         if self.text_encoder is None:
-            return torch.stack([self._kept[caption] for caption in captions])
+            if all(caption in self._kept for caption in captions):
+                return torch.stack([self._kept[caption] for caption in captions])
+            self.text_encoder = self._reload()
         embeds = encode_prompts(self.tokenizer, self.text_encoder, captions, self.max_sequence_length)
         return embeds.to(self.device, self.dtype)
 

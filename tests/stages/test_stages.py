@@ -1,5 +1,7 @@
 """The four stages in a row on a tiny model and real videos: what each trains, leaves behind, and resumes to."""
 
+import sqlite3
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,14 @@ def test_training_on_a_cache_equals_training_on_the_videos_and_needs_no_text_enc
         plain, cached = load_file(tmp_path / "plain" / file), load_file(tmp_path / "cached" / file)
         assert all(torch.equal(cached[key], value) for key, value in plain.items())
     assert losses(tmp_path / "plain", "validation/loss") == losses(tmp_path / "cached", "validation/loss")
+    with sqlite3.connect(tmp_path / "cache" / "index.sqlite") as index:  # lacks one caption and half of the windows
+        index.execute("DELETE FROM prompts WHERE key = (SELECT min(key) FROM prompts)")
+        index.execute("DELETE FROM windows WHERE key < '8'")
+    settings = tiny_stages.settings(1, tmp_path / "partial", *options, *cache)
+    objective = settings.build_objective()
+    Trainer(settings, objective).train()
+    assert objective.encoder.text_encoder is not None  # it has come back
+    assert losses(tmp_path / "partial", "loss") == losses(tmp_path / "plain", "loss")
     videos = [(tmp_path / run / "validation" / "step-2-0.mp4").read_bytes() for run in ("plain", "cached")]
     assert videos[0] == videos[1]
     assert not list((tmp_path / "cached").glob(".*"))  # the LoRA was written beside and renamed

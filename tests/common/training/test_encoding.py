@@ -69,9 +69,12 @@ def test_cached_batch_encodes_to_the_same_bits(pipeline, pixels):
 def test_kept_prompts_outlive_the_text_encoder(pipeline):
     encoder = encoder_of(pipeline)
     expected, empty = encoder.encode_prompts(CAPTIONS[::-1]), encoder_of(pipeline).empty_prompt
-    encoder.keep_only(CAPTIONS)
-    assert encoder.text_encoder is None
+    encoder.keep_only(CAPTIONS, reload=lambda: pipeline.text_encoder)
     assert torch.equal(encoder.encode_prompts(CAPTIONS[::-1]), expected) and torch.equal(encoder.empty_prompt, empty)
+    assert encoder.text_encoder is None
+    other = [CAPTIONS[0], "A caption that was changed since."]
+    assert torch.equal(encoder.encode_prompts(other), encoder_of(pipeline).encode_prompts(other))
+    assert encoder.text_encoder is not None
 
 
 def test_scaling_factor_is_applied(pipeline):
