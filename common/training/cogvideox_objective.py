@@ -3,6 +3,8 @@
 Shapes: B batch · F latent frames · C latent channels · H W latent height/width · S tokens per latent frame.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,9 @@ class CogVideoXObjective(Objective):
         self.alphas = noise_schedule.alphas_with_clean_end(self.scheduler, device)
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
         self.tokenizer = load_component(self.base_dir, "tokenizer")
-        self.vae = self._frozen("vae", device)
+        # What a latent cache holds need not be encoded: VAE and text encoder would only take 10 GB of the GPU.
+        is_cached = bool(self.settings.latent_cache_dir)
+        self.vae = self._frozen("vae", torch.device("cpu") if is_cached else device)
         self.encoder = LatentEncoder(
             self.vae,
             self.tokenizer,
@@ -69,7 +73,7 @@ class CogVideoXObjective(Objective):
             device=device,
             dtype=weight_dtype,
         )
-        if self.settings.latent_cache_dir:  # which holds the captions: the text encoder is not worth 10 GB of the GPU
+        if is_cached:
             self.encoder.keep_only(self.settings.validation_prompts, lambda: self._frozen("text_encoder", device))
         trained_dtype = getattr(torch, self.settings.trained_weights)
         transformer = load_component(self.base_dir, "transformer", trained_dtype if self.trains_base else weight_dtype)
@@ -78,6 +82,16 @@ class CogVideoXObjective(Objective):
 
     def _frozen(self, name: str, device: torch.device) -> nn.Module:
         return load_component(self.base_dir, name, self.weight_dtype).requires_grad_(False).to(device)
+
+    @contextmanager
+    def vae_on_device(self) -> Iterator[None]:
+        """For as long as a sample video takes; then the VAE goes back to where it was."""
+        home = self.vae.device
+        self.vae.to(self.device)
+        try:
+            yield
+        finally:
+            self.vae.to(home)
 
     def components(self, transformer: nn.Module) -> dict[str, Any]:
         """A pipeline's components with this transformer. No text encoder: it may be gone (see `load`), so prompts are
@@ -163,7 +177,7 @@ class CogVideoXObjective(Objective):
         """A whole clip from a diffusers-like pipeline, of the first bucket's size: uint8 [N,h,w,3]."""
         settings = self.settings
         pipeline.set_progress_bar_config(disable=True)
-        with self.autocast():
+        with self.autocast(), self.vae_on_device():
             frames = pipeline(
                 prompt_embeds=self.encoder.encode_prompts([prompt]),
                 negative_prompt_embeds=self.encoder.empty_prompt[None],

@@ -215,7 +215,7 @@ class StreamingObjective(ControlledObjective):
         settings = self.settings
         num_frames = len(control) if control else max(settings.frame_buckets) + 8
         chunks, made = [], 0
-        with self.autocast():
+        with self.autocast(), self.vae_on_device():
             stream = pipeline.stream(
                 prompt_embeds=self.encoder.encode_prompts([prompt]),
                 negative_prompt_embeds=self.encoder.empty_prompt[None],

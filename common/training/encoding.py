@@ -80,7 +80,8 @@ class LatentEncoder:
     """Encodes either form of batch, draws the latents and drops captions.
 
     Args:
-        vae, tokenizer, text_encoder: frozen components. They may live on another device than the batch.
+        vae, tokenizer, text_encoder: frozen components. A VAE that waits on the CPU (a run on a latent cache may never
+            need it) goes to `device` with the first batch of videos.
         max_sequence_length: text tokens L.
         caption_dropout: share of samples whose caption is replaced by "" in training, for classifier-free guidance.
         device, dtype: where the encoded batch goes, and the compute dtype of its prompt embeddings.
@@ -133,7 +134,7 @@ class LatentEncoder:
             moments = batch["latent_moments"].to(self.device, torch.float32, non_blocking=True)
             prompt_embeds = batch["prompt_embeds"].to(self.device, self.dtype, non_blocking=True)
         else:
-            moments = encode_moments(self.vae, batch["pixel_values"]).to(self.device)
+            moments = encode_moments(self.vae.to(self.device), batch["pixel_values"])
             prompt_embeds = self.encode_prompts(batch["captions"])
 
         frames, channels, height, width = moments.shape[1:]
