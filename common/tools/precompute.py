@@ -5,8 +5,8 @@
 
 Takes a training config and its overrides; `latent_cache_dir` and `windows_per_clip` must be set. `--dry_run`
 says how much belongs into it; `--renew` first deletes what it holds, such as what other settings or weights made.
-Interrupted, it goes on when started again. On several GPUs: `accelerate launch -m common.tools.precompute …`;
-every process takes its share.
+Interrupted, it goes on when started again. On several GPUs: `torchrun --nproc_per_node 8 -m common.tools.precompute …`;
+every process takes its share, and the first one's progress is shown. More processes than GPUs share them.
 
 At 480×720 a window of 33 frames takes about 0.7 s on an H200 and 3 MB in bf16; a caption 1.9 MB.
 """
@@ -14,7 +14,8 @@ At 480×720 a window of 33 frames takes about 0.7 s on an H200 and 3 MB in bf16;
 import logging
 import os
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -36,6 +37,32 @@ from common.data.video import ClipError
 from common.training.encoding import encode_moments, encode_prompts
 
 OUT_OF_MEMORY_HELP = "out of memory: lower frame_buckets, height_buckets/width_buckets or dataloader_num_workers"
+
+
+Item = TypeVar("Item")
+
+
+class Share(NamedTuple):
+    """Which of several processes this is: each takes every `count`-th clip and caption."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def of_this_process(cls) -> "Share":
+        """By what a launcher has set in the environment; without one, all of it."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    def __str__(self) -> str:
+        return f" (share {self.number + 1} of {self.count})" if self.count > 1 else ""
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's items."""
+        return items[self.number :: self.count]
+
+    def progress(self, items: Iterable[Item], what: str) -> Iterable[Item]:
+        """`items`, with a progress bar in the first process: shares are alike, and bars would overwrite each other."""
+        return tqdm(items, desc=f"{what}{self}", disable=self.number > 0 or not len(items))
 
 
 class Task(NamedTuple):
@@ -75,13 +102,13 @@ def video_dataset(settings: TrainingSettings, records: list[ClipRecord]) -> Vide
 
 
 def missing_tasks(
-    writer: LatentCacheWriter, videos: VideoDataset, num_buckets: int, num_windows: int, rank: int, world_size: int
+    writer: LatentCacheWriter, videos: VideoDataset, num_buckets: int, num_windows: int, share: Share
 ) -> list[Task]:
     """This process's windows of the first `num_buckets` buckets that the cache lacks. Whole clips are divided
     among the processes, not what is missing: that changes while the others write."""
     return [
         Task(record, bucket, window)
-        for record in range(rank, len(videos.records), world_size)
+        for record in share.of(range(len(videos.records)))
         for bucket in range(num_buckets)
         for window in range(num_windows)
         if not writer.has_window(videos.records[record], videos.buckets[bucket], window)
@@ -89,12 +116,17 @@ def missing_tasks(
 
 
 def encode_windows(
-    writer: LatentCacheWriter, vae: torch.nn.Module, videos: VideoDataset, tasks: list[Task], num_workers: int
+    writer: LatentCacheWriter,
+    vae: torch.nn.Module,
+    videos: VideoDataset,
+    tasks: list[Task],
+    share: Share,
+    num_workers: int,
 ) -> None:
     """Decode in `num_workers` processes, encode one clip at a time, add to the cache."""
     dtype = next(vae.parameters()).dtype
     loader = DataLoader(_Windows(videos, tasks), batch_size=None, num_workers=num_workers)
-    for task, stamp, sample in tqdm(loader, desc="windows", disable=not tasks):
+    for task, stamp, sample in share.progress(loader, "windows"):
         record, bucket = videos.records[task.record], videos.buckets[task.bucket]
         if isinstance(sample, ClipError):
             videos.note(task.record, task.bucket, sample)
@@ -107,7 +139,7 @@ def encode_windows(
 
 
 def encode_captions(
-    writer: LatentCacheWriter, settings: TrainingSettings, captions: list[str], device: torch.device
+    writer: LatentCacheWriter, settings: TrainingSettings, captions: list[str], share: Share, device: torch.device
 ) -> None:
     """Add the captions' features; the text encoder leaves memory afterwards."""
     if not captions:
@@ -115,7 +147,7 @@ def encode_captions(
     base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
     tokenizer = load_component(base, "tokenizer")
     text_encoder = load_component(base, "text_encoder", weight_dtype(settings, device)).to(device)
-    for caption in tqdm(captions, desc="captions"):
+    for caption in share.progress(captions, "captions"):
         writer.add_prompt(caption, encode_prompts(tokenizer, text_encoder, [caption], settings.max_sequence_length)[0])
 
 
@@ -141,28 +173,30 @@ def precompute(settings: TrainingSettings, renew: bool = False) -> dict[str, int
 
     `renew` first deletes all that the cache holds. Raises UserError.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share = Share.of_this_process()
     parts, captions = extents(settings)
     fingerprint = cache_fingerprint(settings)
     refuse_unwritable(settings.latent_cache_dir, "latent_cache_dir")
     if renew:
-        if world_size > 1:
+        if share.count > 1:
             raise UserError("--renew deletes what other processes may be writing; use it with one process")
         clear_cache(settings.latent_cache_dir)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     with LatentCacheWriter(settings.latent_cache_dir, fingerprint) as writer:
-        captions = [c for c in captions[rank::world_size] if not writer.has_prompt(c)]
-        encode_captions(writer, settings, captions, device)
+        captions = [c for c in share.of(captions) if not writer.has_prompt(c)]
+        encode_captions(writer, settings, captions, share, device)
         work = []
         for records, *extent in parts:
             videos = video_dataset(settings, records)
-            work.append((videos, missing_tasks(writer, videos, *extent, rank, world_size)))
+            work.append((videos, missing_tasks(writer, videos, *extent, share)))
         num_windows = sum(len(tasks) for _, tasks in work)
         if num_windows:
             base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
             vae = load_component(base, "vae", weight_dtype(settings, device)).to(device)
             for videos, tasks in work:
-                encode_windows(writer, vae, videos, tasks, settings.dataloader_num_workers)
+                encode_windows(writer, vae, videos, tasks, share, settings.dataloader_num_workers)
     return {"windows": num_windows, "captions": len(captions)}
 
 
@@ -180,8 +214,9 @@ def main() -> None:
         counts = {"windows": sum(len(r) * buckets * k for r, buckets, k in parts), "captions": len(captions)}
     else:
         counts = precompute(settings, renew="--renew" in words)
+    share = "" if dry_run else Share.of_this_process()
     done = "belong" if dry_run else "added; all others were there already"
-    print(f"{settings.latent_cache_dir}: {counts['windows']} windows and {counts['captions']} captions {done}")
+    print(f"{settings.latent_cache_dir}: {counts['windows']} windows and {counts['captions']} captions {done}{share}")
 
 
 if __name__ == "__main__":
