@@ -14,6 +14,9 @@ from diffusers import AutoencoderKLCogVideoX
 from transformers import AutoTokenizer, T5EncoderModel
 
 from common.config.errors import UserError
+from common.data.buckets import Bucket
+from common.data.index import ClipRecord
+from common.data.latent_cache import LatentCache, LatentCacheWriter
 from common.data.loader import build_train_loader, build_validation_batch
 from common.tools.precompute import main, precompute
 from common.training.encoding import LatentEncoder, encode_moments, encode_prompts
@@ -138,9 +141,25 @@ def test_a_second_run_has_only_the_refused_clip_to_try_again(cache, data, tiny_b
     assert precompute(settings(data, tiny_base, cache)) == {"windows": 4, "captions": 0}
 
 
-def test_few_files_for_many_clips(cache):
-    names = sorted(path.suffix for path in cache.iterdir())
-    assert names.count(".safetensors") <= 2 and len(names) <= 4
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux")
+def test_ten_thousand_clips_make_few_files_and_a_worker_reads_little_of_the_index(tmp_path):
+    records = [ClipRecord(tmp_path, f"{number}.mp4", "", None, 0, number) for number in range(10_000)]
+    bucket, frames = Bucket(33, 64, 96), torch.arange(33)
+    with LatentCacheWriter(tmp_path, {}, shard_bytes=4000) as writer:
+        for record in records:
+            writer.add_window(record, bucket, 0, None, torch.tensor([float(record.entry)]), frames)
+    assert len(list(tmp_path.iterdir())) == 12  # ten shards of 1000 windows, index and fingerprint
+    assert (tmp_path / "index.sqlite").stat().st_size > 3e6
+    cache = LatentCache(tmp_path, {})
+    before = bytes_read()
+    for number in (7, 9999, 4321):
+        stored, shown = cache.window(records[number], bucket, 0)
+        assert stored.item() == number and shown.tolist() == frames.tolist()
+    assert bytes_read() - before < 100_000
 
 
 def test_the_command_line(data, tiny_base, tmp_path, monkeypatch, capsys):
