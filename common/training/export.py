@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.training.checkpoints import base_digest, check_same_base, check_same_run, flush_to_disk
 from common.training.objective import Objective
@@ -44,22 +44,16 @@ def export_pipeline(
     step: int,
     settings: Any,
     base: str | None,
-    skeleton: nn.Module | None,
-    weights: dict[str, Tensor] | None,
 ) -> None:
-    """Calls `objective.export` with a whole, unwrapped module, then writes the mark.
+    """Calls `objective.export` with an unwrapped module, then writes the mark.
 
     Args:
+        objective: its weights are whole.
         base: digest of the weights that the run started from, for the mark.
-        skeleton, weights: for sharded modules, an empty twin and the gathered weights (on the CPU).
     """
     mark = output_dir / MARK
     mark.unlink(missing_ok=True)  # of a shorter run that this one prolongs
-    if skeleton is None:
-        objective.module = objective.plain_module
-    else:
-        skeleton.load_state_dict(weights, assign=True)
-        objective.module = skeleton
+    objective.module = objective.plain_module
     objective.module.eval()
     with torch.no_grad():
         objective.export(output_dir)

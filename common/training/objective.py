@@ -70,7 +70,7 @@ class Objective(ABC):
     def export(self, output_dir: Path) -> None:
         """Writes the deliverable into `output_dir`: a complete pipeline directory (stage 1: the LoRA file).
 
-        Called on the main process only, when training has ended, with `module` unwrapped and its weights complete.
+        Called on the main process only, when training has ended, with `module` unwrapped and all weights complete.
         """
 
     @abstractmethod
@@ -100,6 +100,13 @@ class Objective(ABC):
         With `cuda_graph` it is recorded with the step: what it does on the device is repeated, the call is not.
         """
         return None
+
+    def frozen_roles(self) -> dict[str, nn.Module]:
+        """The models that run in training and that no gradient trains (teacher, EMA …), by the attribute holding them.
+
+        FSDP2 shards them as it shards `module`; for `export` the attributes hold whole ones again.
+        """
+        return {}
 
     def checkpoint_modules(self) -> dict[str, nn.Module]:
         """Further modules whose state a resumed run needs (EMA …), by name."""

@@ -7,6 +7,7 @@ out, and refuse a class to wrap that a stage's model has none of.
 import torch
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -23,3 +24,13 @@ def prepare_sharding(accelerator: Accelerator, module: nn.Module) -> None:
         )
         autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
         module.forward = convert_outputs_to_fp32(autocast(module.forward))
+
+
+def shard_frozen(accelerator: Accelerator, module: nn.Module) -> None:
+    """Shards a model that no gradient trains (a teacher, an EMA) by the plan that `prepare_sharding` has made.
+
+    `accelerator.prepare` takes one model. It would also leave what lies outside of the blocks gathered after a forward,
+    for the backward; here none comes, and an EMA would go on with weights from before its update.
+    """
+    fsdp2_prepare_model(accelerator, module)
+    module.set_reshard_after_forward(True)

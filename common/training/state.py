@@ -14,7 +14,7 @@ from common.training.export import export_pipeline, make_skeleton
 from common.training.metrics import FiniteGuard, Means
 from common.training.objective import Objective
 from common.training.random import seed_everything
-from common.training.sharding import prepare_sharding
+from common.training.sharding import prepare_sharding, shard_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,15 @@ class TrainingState:
 
         self._load_objective(checkpoint)
         module = objective.module
-        self.skeleton = None
+        self.skeletons: dict[str, torch.nn.Module] = {}  # whole but empty twins of what is sharded, for `export`
         if accelerator.is_fsdp2:
             if settings.optimizer == "muon":
                 raise SettingError("optimizer", "muon needs whole matrices, which FSDP shards; use adamw, or DDP")
-            self.skeleton = make_skeleton(module)
+            frozen = objective.frozen_roles()
+            self.skeletons = {name: make_skeleton(m) for name, m in {"module": module, **frozen}.items()}
             prepare_sharding(accelerator, module)
+            for role in frozen.values():
+                shard_frozen(accelerator, role)
         # Optimizer and module go through `prepare` together: FSDP2 replaces the parameters.
         objective.module, self.optimizer = accelerator.prepare(module, optimizers.build_optimizer(settings, module))
         self.parameters = optimizers.trained_parameters(objective.plain_module)
@@ -140,12 +143,13 @@ class TrainingState:
 
     def export(self) -> None:
         """Writes the deliverable, then the mark by which the next run of the same command knows. Ends the state."""
-        keep, weights = self.accelerator.is_main_process, None
-        if self.skeleton is not None:
-            weights = optimizers.gather_tensors(self.objective.plain_module.state_dict(), keep)
+        keep = self.accelerator.is_main_process
+        for name, skeleton in self.skeletons.items():
+            weights = optimizers.gather_tensors(getattr(self.objective, name).state_dict(), keep)
+            if keep:
+                skeleton.load_state_dict(weights, assign=True)
+                setattr(self.objective, name, skeleton)
         if keep:
-            export_pipeline(
-                self.objective, self.output_dir, self.step, self.settings, self.base, self.skeleton, weights
-            )
+            export_pipeline(self.objective, self.output_dir, self.step, self.settings, self.base)
             logger.info("finished: %s", self.output_dir)
         self.accelerator.wait_for_everyone()

@@ -266,6 +266,9 @@ class SCMObjective(StreamingObjective):
     def after_optimizer_step(self, step: int) -> None:
         update_ema(self.target, self.plain_module, self.settings.ema_decay)
 
+    def frozen_roles(self) -> dict[str, nn.Module]:
+        return {"target": self.target, "teacher": self.teacher}
+
     def checkpoint_modules(self) -> dict[str, nn.Module]:
         return {"target": self.target}
 

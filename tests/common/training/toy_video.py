@@ -69,6 +69,9 @@ class VideoToyObjective(Objective):
         if self.average is not None:
             update_ema(self.average, self.plain_module, 0.9)
 
+    def frozen_roles(self):
+        return {"average": self.average} if self.average is not None else {}
+
     def checkpoint_modules(self):
         return {"ema": self.average} if self.average is not None else {}
 
