@@ -3,16 +3,22 @@
 #
 #   scripts/launch.sh DEFAULT_CONFIG [--config PATH] [--dry_run] [--name value ...]
 #
+# --dry_run also shows what would be started, and needs none of the GPUs and machines named.
 # The stages' train_*.sh call it with their config. From the environment:
 #   CUDA_VISIBLE_DEVICES or GPU_IDS   the GPUs, "0,1,4"; all by default, "" for none
 #   NUM_PROCESSES                     processes over all machines; one per GPU by default
 #   ACCELERATE_CONFIG_FILE            an accelerate config, such as scripts/accelerate/fsdp2.yaml; with several
-#                                     processes scripts/accelerate/ddp.yaml by default
+#                                     processes scripts/accelerate/ddp.yaml by default. On CPUs it is DDP always
 #   MASTER_ADDR, MASTER_PORT          first machine's address and port, when there are several machines
 #   NNODES (or WORLD_SIZE)            number of machines
 #   NODE_RANK (or RANK)               which one this is, from 0
 #   PYTHON                            the interpreter; the active environment's or .venv's by default
 set -euo pipefail
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 default_config="$root/$1"
@@ -54,30 +60,39 @@ fi
 
 machines="${NNODES:-${WORLD_SIZE:-1}}"
 machine_rank="${NODE_RANK:-${RANK:-0}}"
+number='^[0-9]+$'
+[[ "$machines" =~ $number && "$machine_rank" =~ $number ]] && ((machine_rank < machines)) \
+    || fail "NODE_RANK is $machine_rank; of NNODES $machines machines it counts from 0"
 processes="${NUM_PROCESSES:-$(((gpus > 0 ? gpus : 1) * machines))}"
+[[ "$processes" =~ $number ]] && ((processes > 0 && processes % machines == 0)) \
+    || fail "NUM_PROCESSES is $processes; over all machines it must be a multiple of their number, $machines"
 unset RANK WORLD_SIZE LOCAL_RANK  # the machine's, which a single process would take for its own
 
 if [[ "$processes" == 1 && -z "${ACCELERATE_CONFIG_FILE:-}" ]]; then
     exec "$PYTHON" -m common.tools.train "${arguments[@]}"
 fi
 
-# A wrong setting is reported here, in one line, and not by every process and its launcher.
-train=("$PYTHON" -m common.tools.train "${arguments[@]}")
-if [[ " $* " == *" --dry_run "* ]]; then
-    WORLD_SIZE="$processes" exec "${train[@]}"
-fi
-WORLD_SIZE="$processes" "${train[@]}" --check
-
+accelerate_config="${ACCELERATE_CONFIG_FILE:-$root/scripts/accelerate/ddp.yaml}"
+[[ -f "$accelerate_config" ]] || fail "ACCELERATE_CONFIG_FILE: $accelerate_config does not exist"
 launch=(
-    --config_file "${ACCELERATE_CONFIG_FILE:-$root/scripts/accelerate/ddp.yaml}"
+    "$PYTHON" -m common.tools.launch --config_file "$accelerate_config"
     --num_processes "$processes" --num_machines "$machines" --machine_rank "$machine_rank"
 )
 if ((machines > 1)); then
-    : "${MASTER_ADDR:?several machines need MASTER_ADDR, the address of the first}"
+    [[ -n "${MASTER_ADDR:-}" ]] || fail "several machines need MASTER_ADDR, the address of the first"
     launch+=(--main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-29500}")
 else
     launch+=(--main_process_port 0)  # any free one
 fi
+launch+=(-m common.tools.train "${arguments[@]}")
+if [[ " $* " == *" --dry_run "* ]]; then
+    exec "${launch[@]}"
+fi
+
+((gpus == 0 || processes / machines <= gpus)) \
+    || fail "NUM_PROCESSES is $processes on $machines machines, and this one has $gpus GPUs"
+# A wrong setting is reported here, in one line, and not by every process and its launcher.
+WORLD_SIZE="$processes" "$PYTHON" -m common.tools.train "${arguments[@]}" --check
 if ((gpus == 0)); then
     export ACCELERATE_USE_CPU=true
 fi
@@ -88,7 +103,7 @@ fi
 export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
 (
     trap '' TERM INT
-    exec "$PYTHON" -m common.tools.launch "${launch[@]}" -m common.tools.train "${arguments[@]}"
+    exec "${launch[@]}"
 ) &
 launcher=$!
 signals=0

@@ -4,12 +4,13 @@
 settings and what follows from them (tokens, windows, steps per epoch, parameter counts) and leaves: no weights are
 loaded and nothing is written. `--check` says only what is wrong, files included: scripts/launch.sh asks so before it
 starts several processes, each of which would say it. On one device `python -m common.tools.train …` does the same
-without a launcher.
+without a launcher. Several processes have the dry run of common.tools.launch.
 """
 
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -44,7 +45,8 @@ def main() -> None:
         sys.exit(2)  # all processes read the same settings: one of them says what is wrong with them
     if dry_run:
         if is_main:
-            print(json.dumps(describe(settings), indent=2, ensure_ascii=False))
+            line = shlex.join([sys.executable, "-m", "common.tools.train", *(w for w in words if w != "--dry_run")])
+            print_plan(settings, 1, {"machines": 1, "command": line})
         return
     if check_only:
         from common.data.loader import describe_data
@@ -63,16 +65,26 @@ def main() -> None:
         raise
 
 
-def describe(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings, and the sizes that follow from them, the base's configs and the index."""
+def print_plan(settings: TrainingSettings, num_processes: int, layout: dict[str, Any]) -> None:
+    """Prints the settings, and what follows from them, the base's configs and the index, as JSON.
+
+    Args:
+        layout: where the processes would run.
+    """
     from common.data.loader import describe_data
 
+    samples = settings.train_batch_size * settings.gradient_accumulation_steps * num_processes
     objective = settings.build_objective()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     data: dict[str, Any] = {"index_file": f"{settings.index_file or 'not set'} (not on this disk)"}
     if os.path.exists(settings.index_file):
-        data = describe_data(settings, objective.needs_control, world_size)
-    return {"settings": settings.to_dict(), "model": objective.describe(), "data": data}
+        data = describe_data(settings, objective.needs_control, num_processes)
+    plan = {
+        "launch": {"processes": num_processes, "samples per optimizer step": samples, **layout},
+        "settings": settings.to_dict(),
+        "model": objective.describe(),
+        "data": data,
+    }
+    print(json.dumps(plan, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

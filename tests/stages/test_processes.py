@@ -41,7 +41,8 @@ class Runs:
                 previous = str(self.output_dir(stage, layout) / f"checkpoint-{last_step}")
         for stage in BF16_STAGES:
             for layout in ("ddp", "fsdp2"):
-                self._add(stage, f"{layout} bf16", "--max_train_steps", "2", "--validation_steps", "0")
+                more = ["--max_train_steps", "2", "--validation_steps", "0", "--gradient_checkpointing", "True"]
+                self._add(stage, f"{layout} bf16", *more)
 
     def output_dir(self, stage: int, name: str) -> Path:
         return self.root / f"stage{stage} {name}"
