@@ -4,7 +4,6 @@ Shapes: B batch · F latent frames · C latent channels · H W latent height/wid
 Source: LoRA, arXiv 2106.09685; The Matrix, arXiv 2412.03568.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from diffusers import CogVideoXPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -22,9 +20,8 @@ from common.config.errors import SettingError
 from common.config.settings import TrainingSettings
 from common.training.cogvideox_objective import VALIDATION_TIMESTEPS, CogVideoXObjective
 from common.training.encoding import EncodedBatch
+from common.training.lora import ATTENTION_PROJECTIONS, add_lora_factors, check_lora_settings
 from common.training.random import SampleRandom
-
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass
@@ -41,10 +38,7 @@ class LoraSettings(TrainingSettings):
         super().validate()
         if self.rank < 1:
             raise SettingError("rank", f"must be 1 or more, got {self.rank}")
-        if not self.lora_target_modules:
-            raise SettingError("lora_target_modules", f"is empty; the usual are {list(ATTENTION_PROJECTIONS)}")
-        if self.lora_alpha <= 0:
-            raise SettingError("lora_alpha", f"must be more than 0, got {self.lora_alpha}")
+        check_lora_settings(self)
 
     def build_objective(self) -> "LoraObjective":
         return LoraObjective(self)
@@ -56,20 +50,7 @@ class LoraObjective(CogVideoXObjective):
     base_pipeline = "CogVideoXPipeline"
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
-        linear = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
-        chosen = []  # in full: PEFT would take a convolution of the same name too
-        for target in self.settings.lora_target_modules:
-            chosen += (found := [name for name in linear if f".{name}".endswith(f".{target}")])
-            if not found:
-                ends = sorted({re.sub(r"^transformer_blocks\.\d+\.(attn1\.)?", "", name) for name in linear})
-                raise SettingError("lora_target_modules", f"no linear layer ends in {target!r}; there are {ends}")
-        config = LoraConfig(
-            r=self.settings.rank,
-            lora_alpha=self.settings.lora_alpha,
-            init_lora_weights=True,  # the second factor zero: training starts from the base
-            target_modules=chosen,
-        )
-        transformer.add_adapter(config)
+        add_lora_factors(transformer, self.settings)
         return transformer
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
