@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model 
 import pytest
 import sentencepiece
 import torch
+import torch.distributed as dist
 
 from common.config.errors import run_cli
 from common.data.control_signals import CONTROL_TOKENS
@@ -42,6 +43,14 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compile_(self, **(more | quick)))
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    """Collectives of this process with itself, as sharded modules need them."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

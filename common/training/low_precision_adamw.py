@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from common.cogvideox.compilation import allow_many_kinds
+from common.training.sharding import local_part
 
 # Type → bits of its mantissa, its smallest normal exponent, its largest number.
 FORMATS = {
@@ -97,11 +97,6 @@ def write_moment(state: dict[str, Tensor], name: str, moment: Tensor) -> None:
     state[f"{name}_scale"].copy_(scale)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a sharded tensor (FSDP2), which are whole rows: all that a step needs."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class LowPrecisionAdamW(torch.optim.Optimizer):
     """AdamW over float32 or bfloat16 parameters, with two bytes of moments for each.
 
@@ -149,13 +144,14 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] = self.make_state(parameter)
             self.state[parameter]["step"] += 1
-            states.append({k: local(v) for k, v in self.state[parameter].items() if k != "step"})
+            # Of a sharded weight (FSDP2) these are whole rows: all that a step needs.
+            states.append({k: local_part(v) for k, v in self.state[parameter].items() if k != "step"})
         step, (beta1, beta2) = self.state[parameters[0]]["step"].item(), group["betas"]
         numbers = float(group["lr"]), group["weight_decay"], 1 - beta1**step, 1 - beta2**step
         if self._numbers is None or self._numbers[0] != numbers:  # a tensor: numbers would be compiled anew every step
             self._numbers = numbers, torch.tensor(numbers).to(self.device, non_blocking=True)
         weights, gradients = (
-            [local(tensor) for tensor in tensors]
+            [local_part(tensor) for tensor in tensors]
             for tensors in ([p.detach() for p in parameters], [p.grad for p in parameters])
         )
         self._update(weights, gradients, states, self._numbers[1], group["betas"], group["eps"], bounded)

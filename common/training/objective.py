@@ -108,8 +108,9 @@ class Objective(ABC):
         """
         return {}
 
-    def checkpoint_modules(self) -> dict[str, nn.Module]:
-        """Further modules whose state a resumed run needs (EMA …), by name."""
+    def checkpoint_modules(self) -> dict[str, Any]:
+        """Further modules whose state a resumed run needs (EMA …), by name; any object with a module's `state_dict` and
+        `load_state_dict` will do."""
         return {}
 
     def num_video_tokens(self, latents: Tensor) -> int:

@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 
 def prepare_sharding(accelerator: Accelerator, module: nn.Module) -> None:
@@ -34,3 +35,8 @@ def shard_frozen(accelerator: Accelerator, module: nn.Module) -> None:
     """
     fsdp2_prepare_model(accelerator, module)
     module.set_reshard_after_forward(True)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's rows of a sharded tensor; of another one all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,6 @@ arXiv 2405.18407; The Matrix, arXiv 2412.03568, section 3.4, which names the sta
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,57 +28,12 @@ from common.cogvideox.pipeline_io import component_config, write_pipeline
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
-from common.training.cogvideox_objective import TRAIN_TIMESTEPS
-from common.training.controlled_objective import StreamingObjective, StreamingSettings
+from common.training.controlled_objective import StreamingObjective
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
 from common.training.throughput import forward_flops
-
-
-@dataclass
-class SCMSettings(StreamingSettings):
-    """Settings of stage 4."""
-
-    phases_per_group: int = 1  # m: forwards per window shift of the distilled model
-    num_solver_steps: int = 40  # K: the teacher's step spans T/K timesteps
-    continuous_offsets: bool = False  # draw offsets from all timesteps, not from the solver's grid alone
-    teacher_guidance_scale: float = 6.0  # the teacher's guidance on text, which the student learns; 1 for none
-    teacher_control_guidance_scale: float = 3.0  # the teacher's guidance on control; 1 for none
-    guidance_range: list[float] = field(default_factory=list)  # [low, high] to draw one scale for both from, instead
-    cond_proj_dim: int | None = None  # width of the embedding that tells the student the guidance drawn
-    huber_c: float = 0.01  # pseudo-Huber: quadratic below, linear above
-    ema_decay: float = 0.95  # decay per step of the target's weights, which are also what is exported
-
-    def validate(self) -> None:
-        super().validate()
-        phases = self.num_noise_groups * self.phases_per_group
-        if self.phases_per_group < 1:
-            raise SettingError("phases_per_group", f"must be 1 or more, got {self.phases_per_group}")
-        if self.num_solver_steps < phases or self.num_solver_steps % phases:
-            below = max(self.num_solver_steps // phases, 1) * phases
-            raise SettingError(
-                "num_solver_steps",
-                f"{self.num_solver_steps} is not a multiple of the {phases} phases "
-                f"(num_noise_groups × phases_per_group); use {below} or {below + phases}",
-            )
-        if TRAIN_TIMESTEPS % phases or TRAIN_TIMESTEPS % self.num_solver_steps:
-            raise SettingError(
-                "num_solver_steps",
-                f"{self.num_solver_steps} solver steps and {phases} phases (num_noise_groups × phases_per_group) must "
-                f"both divide the {TRAIN_TIMESTEPS} timesteps, as 40 and 4 do",
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise SettingError("ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}")
-        if self.huber_c <= 0:
-            raise SettingError("huber_c", f"must be more than 0, got {self.huber_c}")
-        if bool(self.guidance_range) != (self.cond_proj_dim is not None):
-            raise SettingError("guidance_range", "goes together with cond_proj_dim: set both or neither")
-        if self.guidance_range and (len(self.guidance_range) != 2 or self.guidance_range[0] > self.guidance_range[1]):
-            raise SettingError("guidance_range", f"must be [low, high], got {self.guidance_range}")
-
-    def build_objective(self) -> "SCMObjective":
-        return SCMObjective(self)
+from stage4.training.scm_settings import SCMSettings
 
 
 class SCMObjective(StreamingObjective):
@@ -87,6 +41,7 @@ class SCMObjective(StreamingObjective):
 
     base_pipeline = "CogVideoXStreamingPipeline"
     trains_base = True  # as the student; the teacher is cast to the compute type
+    settings: SCMSettings
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         student = CogVideoXControlTransformer3DModel.from_transformer(
@@ -110,10 +65,14 @@ class SCMObjective(StreamingObjective):
 
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         super().load(device, weight_dtype)
-        nn.Module.to(self.teacher, weight_dtype)  # diffusers' own `to` warns of an empty list of float32 modules
+        self.make_roles()
+        self.student_scheduler = self._make_scheduler()
+
+    def make_roles(self) -> None:
+        """The teacher in the compute type, and the target as the student begins."""
+        nn.Module.to(self.teacher, self.weight_dtype)  # diffusers' own `to` warns of an empty list of float32 modules
         self.target = copy.deepcopy(self.module).requires_grad_(False).eval()
         nn.Module.to(self.target, torch.float32)  # a mean that moves slowly needs every digit
-        self.student_scheduler = self._make_scheduler()
 
     def _make_scheduler(self) -> CogVideoXSwinLCMScheduler:
         config = {k: v for k, v in self.scheduler.config.items() if k != "carry_solver_history"}  # jumps have none
@@ -269,14 +228,20 @@ class SCMObjective(StreamingObjective):
     def frozen_roles(self) -> dict[str, nn.Module]:
         return {"target": self.target, "teacher": self.teacher}
 
-    def checkpoint_modules(self) -> dict[str, nn.Module]:
+    def checkpoint_modules(self) -> dict[str, Any]:
         return {"target": self.target}
 
     def export(self, output_dir: Path) -> None:
-        """The EMA student: at equal steps it is the better of the two."""
-        parts = {"transformer": self.target, "scheduler": self.student_scheduler}
+        parts = {"transformer": self.exported(), "scheduler": self.student_scheduler}
         write_pipeline(output_dir, self.base_dir, "CogVideoXStreamingPipeline", parts)
 
+    def exported(self) -> nn.Module:
+        """The EMA student: at equal steps it is the better of the two."""
+        return self.target
+
     def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
-        parts = {**self.components(self.target), "scheduler": self.student_scheduler}
+        return self.sample_with(self.target, prompt, control, seed)
+
+    def sample_with(self, target: nn.Module, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
+        parts = {**self.components(target), "scheduler": self.student_scheduler}
         return self.sample_stream(CogVideoXStreamingPipeline(**parts), prompt, control, seed)

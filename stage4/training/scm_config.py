@@ -2,6 +2,7 @@
 
 Command:   bash stage4/train_text_to_video_scm.sh            (--dry_run shows sizes and leaves)
 Hardware:  student and its EMA in float32, the teacher in bf16, up to three teacher forwards a step: 8 GPUs of 80 GB.
+           With --rank 64 all three share one base in bf16 (4 GB); factors and moments add less than 1 GB.
 Expect:    `validation/loss` is the distance of one jump from the teacher's ten guided steps; it falls fast at first.
            The sample videos take four forwards to begin with and one for every further half second.
 Next:      python stage4/inference.py --model_path outputs/stage4 --control "D*160" --output drive.mp4
@@ -40,6 +41,8 @@ args.teacher_guidance_scale = 6.0  # float: the teacher's guidance on text, whic
 args.teacher_control_guidance_scale = 3.0  # float: the teacher's guidance on control; 1 for none
 args.huber_c = 0.01  # float: pseudo-Huber loss: quadratic below, linear above
 args.ema_decay = 0.95  # float: decay per step of the target's weights, which are also the result
+args.rank = 0  # int: 0 trains a whole copy of the model, more a LoRA of that rank over one base for all three roles
+args.lora_alpha = 64.0  # float: the product of the LoRA's factors is scaled by lora_alpha / rank
 
 # --- optimisation
 args.train_batch_size = 1  # int: samples per GPU and micro-step

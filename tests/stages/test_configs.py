@@ -75,6 +75,9 @@ def test_real_configs_dry_run_without_weights_or_data(config):
         ("stage4", ["--num_solver_steps", "50"], r"50 is not a multiple of the 4 phases.*48 or 52"),
         ("stage4", ["--guidance_range", "2", "6"], r"cond_proj_dim"),
         ("stage4", ["--ema_decay", "1"], r"ema_decay"),
+        ("stage4", ["--rank", "-1"], r"rank: must be 0 .* or more, got -1"),
+        ("stage4", ["--rank", "4", "--lora_alpha", "0"], r"lora_alpha: must be more than 0"),
+        ("stage4", ["--rank", "4", "--guidance_range", "2", "6", "--cond_proj_dim", "8"], r"cond_proj_dim.*\(rank\)"),
     ],
 )
 def test_impossible_settings_are_refused_with_name_value_and_remedy(stage, override, message):

@@ -22,6 +22,7 @@ STAGES = (1, 2, 3, 4)
 LAYOUTS = {"ddp": 2, "fsdp2": 4, "ddp again": 6}  # each goes on from the checkpoint of the one before: its last step
 BF16_STAGES = (1, 2, 4)  # those that have frozen weights, of another type than the trained ones
 MOST = 1000  # steps from one validation to the next: there is one at the end
+LORA = ("--rank", "8", "--max_train_steps", "2", "--validation_steps", "0")  # of stage 4
 PROMPT = "A red car drives along a sandy desert road."
 
 
@@ -43,6 +44,8 @@ class Runs:
             for layout in ("ddp", "fsdp2"):
                 more = ["--max_train_steps", "2", "--validation_steps", "0", "--gradient_checkpointing", "True"]
                 self._add(stage, f"{layout} bf16", *more)
+        for layout in ("ddp", "fsdp2"):
+            self._add(4, f"{layout} lora", *LORA)
 
     def output_dir(self, stage: int, name: str) -> Path:
         return self.root / f"stage{stage} {name}"
@@ -91,9 +94,13 @@ class Runs:
         by_rank = [json.loads(path.with_name(f"plan.json.{rank}").read_text()) for rank in (0, 1)]
         self.shares = {name: [shares[i] for shares in by_rank] for i, name in enumerate(self.names)}
 
-    def in_one_process(self, stage: int) -> Path:
-        words = ["--train_batch_size", "2", "--max_train_steps", "6", "--validation_steps", "4"]
-        settings = load_settings(self.config(stage), self.words(stage, "one process", *words))
+    def in_one_process(
+        self,
+        stage: int,
+        name: str = "one process",
+        more: tuple[str, ...] = ("--max_train_steps", "6", "--validation_steps", "4"),
+    ) -> Path:
+        settings = load_settings(self.config(stage), self.words(stage, name, "--train_batch_size", "2", *more))
         Trainer(settings, settings.build_objective()).train()  # once: what is finished is left as it is
         return Path(settings.output_dir)
 
@@ -167,3 +174,20 @@ def test_student_target_and_teacher_are_whole_under_ddp_and_halved_under_fsdp2(r
     # The student's share is that of a run without validation, after which what lies outside of its blocks is gathered.
     for share in runs.shares[4, "fsdp2"]:
         assert share["target"] == share["teacher"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_lora_over_one_base_is_trained_alike_and_leaves_what_streams(runs, run_program, tmp_path):
+    """Its target and teacher, which are not called through the wrapper of the processes, are the student's module."""
+    one = runs.in_one_process(4, "one process lora", LORA)
+    for layout in ("ddp lora", "fsdp2 lora"):
+        for name in ("weights", "target"):
+            files = [d / "checkpoint-2" / f"{name}.safetensors" for d in (one, runs.output_dir(4, layout))]
+            expected, found = (load_file(file) for file in files)
+            assert expected.keys() == found.keys()
+            for key, value in expected.items():
+                if ".lora_B." in key:  # from zero: this is what was learnt
+                    assert (found[key] - value).norm() < 1e-3 * value.norm(), (layout, key)
+        video = tmp_path / f"{layout.split()[0]}.mp4"
+        size = ["--height", "32", "--width", "64", "--control", "D*17", "--prompt", PROMPT, "--output", str(video)]
+        run_program("stage4/inference.py", "--model_path", runs.output_dir(4, layout), *size)
+        assert video.stat().st_size > 0

@@ -15,7 +15,11 @@ STEPS = ["--max_train_steps", str(2 * EAGER_STEPS + 3), "--validation_steps", "0
 WINDOWS = ["--frame_buckets", "33", "--window_frames", "17", "33"]
 
 
-@pytest.mark.parametrize(("stage", "more"), [(1, []), (2, []), (3, WINDOWS), (4, WINDOWS)], ids=["1", "2", "3", "4"])
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [(1, []), (2, []), (3, WINDOWS), (4, WINDOWS), (4, [*WINDOWS, "--rank", "4"])],
+    ids=["1", "2", "3", "4", "4 LoRA"],
+)
 def test_recorded_steps_train_what_plain_ones_do(tiny_stages, tmp_path, stage, more):
     if stage > 1:
         tiny_stages.run(stage - 1)

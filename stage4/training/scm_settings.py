@@ -1,0 +1,68 @@
+"""Settings of stage 4, and which values go together."""
+
+from dataclasses import dataclass, field
+
+from common.config.errors import SettingError
+from common.training.cogvideox_objective import TRAIN_TIMESTEPS
+from common.training.controlled_objective import StreamingSettings
+from common.training.lora import ATTENTION_PROJECTIONS, check_lora_settings
+from common.training.objective import Objective
+
+
+@dataclass
+class SCMSettings(StreamingSettings):
+    """Settings of stage 4."""
+
+    phases_per_group: int = 1  # m: forwards per window shift of the distilled model
+    num_solver_steps: int = 40  # K: the teacher's step spans T/K timesteps
+    continuous_offsets: bool = False  # draw offsets from all timesteps, not from the solver's grid alone
+    teacher_guidance_scale: float = 6.0  # the teacher's guidance on text, which the student learns; 1 for none
+    teacher_control_guidance_scale: float = 3.0  # the teacher's guidance on control; 1 for none
+    guidance_range: list[float] = field(default_factory=list)  # [low, high] to draw one scale for both from, instead
+    cond_proj_dim: int | None = None  # width of the embedding that tells the student the guidance drawn
+    huber_c: float = 0.01  # pseudo-Huber: quadratic below, linear above
+    ema_decay: float = 0.95  # decay per step of the target's weights, which are also what is exported
+    rank: int = 0  # of a LoRA that is the student, over the base as the teacher; 0 trains every parameter of a copy
+    lora_alpha: float = 64.0  # the product of the LoRA's factors is scaled by lora_alpha / rank
+    lora_target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_PROJECTIONS))  # ends of layers' names
+
+    def validate(self) -> None:
+        super().validate()
+        phases = self.num_noise_groups * self.phases_per_group
+        if self.phases_per_group < 1:
+            raise SettingError("phases_per_group", f"must be 1 or more, got {self.phases_per_group}")
+        if self.num_solver_steps < phases or self.num_solver_steps % phases:
+            below = max(self.num_solver_steps // phases, 1) * phases
+            raise SettingError(
+                "num_solver_steps",
+                f"{self.num_solver_steps} is not a multiple of the {phases} phases "
+                f"(num_noise_groups × phases_per_group); use {below} or {below + phases}",
+            )
+        if TRAIN_TIMESTEPS % phases or TRAIN_TIMESTEPS % self.num_solver_steps:
+            raise SettingError(
+                "num_solver_steps",
+                f"{self.num_solver_steps} solver steps and {phases} phases (num_noise_groups × phases_per_group) must "
+                f"both divide the {TRAIN_TIMESTEPS} timesteps, as 40 and 4 do",
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise SettingError("ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}")
+        if self.huber_c <= 0:
+            raise SettingError("huber_c", f"must be more than 0, got {self.huber_c}")
+        if bool(self.guidance_range) != (self.cond_proj_dim is not None):
+            raise SettingError("guidance_range", "goes together with cond_proj_dim: set both or neither")
+        if self.guidance_range and (len(self.guidance_range) != 2 or self.guidance_range[0] > self.guidance_range[1]):
+            raise SettingError("guidance_range", f"must be [low, high], got {self.guidance_range}")
+        if self.rank < 0:
+            raise SettingError("rank", f"must be 0 (every parameter is trained) or more, got {self.rank}")
+        check_lora_settings(self)
+        if self.rank and self.cond_proj_dim is not None:
+            raise SettingError(
+                "cond_proj_dim",
+                "adds a layer that is trained as a whole; with a LoRA as student (rank) it must be None",
+            )
+
+    def build_objective(self) -> Objective:
+        from stage4.training.scm import SCMObjective  # which reads these settings
+        from stage4.training.scm_lora import LoraSCMObjective
+
+        return LoraSCMObjective(self) if self.rank else SCMObjective(self)
