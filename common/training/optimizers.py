@@ -77,7 +77,18 @@ def restore_lr_scheduler(
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor in one piece where it is; of a sharded one (FSDP2) all processes have to ask together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype.itemsize > 1:
+        return tensor.full_tensor()
+    # float8 travels as bytes: gloo knows no such numbers
+    return _view(tensor, torch.uint8).full_tensor().view(tensor.dtype)
+
+
+def _view(tensor: DTensor, dtype: torch.dtype) -> DTensor:
+    """The same bytes as numbers of another type of the same size."""
+    part, mesh, placements = tensor.to_local().view(dtype), tensor.device_mesh, tensor.placements
+    return DTensor.from_local(part, mesh, placements, shape=tensor.shape, stride=tensor.stride())
 
 
 def gather_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -93,9 +104,13 @@ def gather_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     """`value`, whole, placed and sharded as `parameter` is."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device)
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    if value.dtype.itemsize > 1:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    placed = distribute_tensor(value.view(torch.uint8), parameter.device_mesh, parameter.placements)
+    return _view(placed, value.dtype)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

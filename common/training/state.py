@@ -49,6 +49,10 @@ class TrainingState:
         if accelerator.is_fsdp2:
             if settings.optimizer == "muon":
                 raise SettingError("optimizer", "muon needs whole matrices, which FSDP shards; use adamw, or DDP")
+            if settings.trained_weights != "float32":
+                raise SettingError(
+                    "trained_weights", "accelerate has FSDP2 hold float32 weights; leave it at 'float32'"
+                )
             frozen = objective.frozen_roles()
             self.skeletons = {name: make_skeleton(m) for name, m in {"module": module, **frozen}.items()}
             prepare_sharding(accelerator, module)

@@ -46,6 +46,9 @@ class Runs:
                 self._add(stage, f"{layout} bf16", *more)
         for layout in ("ddp", "fsdp2"):
             self._add(4, f"{layout} lora", *LORA)
+        for layout, previous in {"ddp": "none", "fsdp2": str(self.output_dir(3, "ddp 8bit") / "checkpoint-2")}.items():
+            more = ["--max_train_steps", str(LAYOUTS[layout]), "--validation_steps", "0", "--optimizer", "adamw_8bit"]
+            self._add(3, f"{layout} 8bit", *more, "--resume_from_checkpoint", previous)
 
     def output_dir(self, stage: int, name: str) -> Path:
         return self.root / f"stage{stage} {name}"
@@ -186,8 +189,20 @@ def test_a_lora_over_one_base_is_trained_alike_and_leaves_what_streams(runs, run
             assert expected.keys() == found.keys()
             for key, value in expected.items():
                 if ".lora_B." in key:  # from zero: this is what was learnt
-                    assert (found[key] - value).norm() < 1e-3 * value.norm(), (layout, key)
+                    assert (found[key] - value).norm() <= 1e-3 * value.norm(), (layout, key)
         video = tmp_path / f"{layout.split()[0]}.mp4"
         size = ["--height", "32", "--width", "64", "--control", "D*17", "--prompt", PROMPT, "--output", str(video)]
         run_program("stage4/inference.py", "--model_path", runs.output_dir(4, layout), *size)
         assert video.stat().st_size > 0
+
+
+def test_float8_moments_go_from_ddp_to_fsdp2(runs):
+    """Shards round by other draws than wholes: what is learnt is alike, not equal."""
+    for layout in ("ddp", "fsdp2"):
+        exact, found = (logged(runs.output_dir(3, name), "loss") for name in (layout, f"{layout} 8bit"))
+        assert found == pytest.approx(exact, rel=1e-2)
+        state = load_file(
+            runs.output_dir(3, f"{layout} 8bit") / f"checkpoint-{LAYOUTS[layout]}" / "optimizer.safetensors"
+        )
+        assert {value.dtype for value in state.values()} == {torch.float32, torch.float8_e4m3fn, torch.float8_e5m2}
+        assert all(value.float().isfinite().all() for value in state.values())
