@@ -213,15 +213,21 @@ def without_trials(words: list[str]) -> list[str]:
     return parser.parse_known_args(words)[1]
 
 
-def run_trials(trials: list[tuple[str, list[str]]], words: list[str]) -> list[dict[str, Any]]:
-    """A row for each; what is wrong in a setting is said before the first one runs."""
+def run_trials(trials: list[tuple[str, list[str]]], words: list[str], output: Path) -> list[dict[str, Any]]:
+    """A row for each, written as soon as it is there; what is wrong in a setting is said before the first one runs."""
     for _, more in trials:
         training_settings(*parse_arguments([*words, *more]), tempfile.gettempdir())
     rows = []
     for name, more in trials:
         rows.append(run_trial(name, [*words, *more]))
+        write(rows, output)
         print(summary(rows[-1]), flush=True)
     return rows
+
+
+def write(rows: list[dict[str, Any]], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -229,7 +235,7 @@ def main() -> int:
     words = sys.argv[1:]
     args, overrides = parse_arguments(words)
     if args.trials:
-        rows = run_trials(parse_trials(args.trials), without_trials(words))
+        rows = run_trials(parse_trials(args.trials), without_trials(words), args.output)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             settings = training_settings(args, overrides, scratch)
@@ -237,8 +243,7 @@ def main() -> int:
             rows = [{"name": stage} | benchmark(settings, args.steps, args.warmup, args.losses)]
     if int(os.environ.get("RANK", "0")):
         return 0
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write(rows, args.output)
     print(table(rows))
     if args.losses:
         print(losses_table(rows, args.losses))

@@ -43,7 +43,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def summary(row: dict[str, Any]) -> str:
     """One line, as soon as a run has ended."""
-    return f"{row['name']}: " + (row.get("error") or f"{row['s_per_step']:.4f} s a step")
+    if "error" in row:
+        return f"{row['name']}: {row['error']}"
+    return f"{row['name']}: {row['s_per_step']:.4f} s a step, {row['peak_allocated_gib']:.2f} GiB"
 
 
 def losses_table(rows: list[dict[str, Any]], count: int) -> str:

@@ -50,6 +50,7 @@ def test_runs_side_by_side_and_one_without_enough_memory(run_program, tiny_base,
     trials += ["--try", "huge: --batch_size 100000000"]
     said = run_program(PROGRAM, *words(3, tiny_base, tiny_models), *trials, "--output", output)
     plain, less, huge = json.loads(output.read_text())["rows"]
+    assert f"less: {less['s_per_step']:.4f} s a step, {less['peak_allocated_gib']:.2f} GiB" in said
     assert [row["name"] for row in (plain, less, huge)] == ["plain", "less", "huge"]
     assert plain["settings"]["gradient_checkpointing"] is False and less["settings"]["gradient_checkpointing"] == 2
     assert len(plain["step_seconds"]) == 3 and len(less["step_seconds"]) == 1
@@ -59,6 +60,21 @@ def test_runs_side_by_side_and_one_without_enough_memory(run_program, tiny_base,
     table = said[said.index("s/step") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["plain", "less", "huge"]
     assert table[3].split(maxsplit=1)[1] == "out of memory"
+
+
+def test_a_row_is_written_before_the_next_run_begins(monkeypatch, tiny_base, tiny_models, tmp_path):
+    """What an impatient user has waited for is there."""
+    output, line = tmp_path / "figures.json", [str(word) for word in words(3, tiny_base, tiny_models)]
+
+    def run_trial(name, words):
+        if name == "second":
+            raise KeyboardInterrupt
+        return {"name": name, "s_per_step": 1.0, "peak_allocated_gib": 2.0}
+
+    monkeypatch.setattr(benchmark_training, "run_trial", run_trial)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_training.run_trials([("first", []), ("second", [])], line, output)
+    assert [row["name"] for row in json.loads(output.read_text())["rows"]] == ["first"]
 
 
 def test_a_recorded_step_has_the_losses_of_a_plain_one(run_program, tiny_base, tiny_models, tmp_path):

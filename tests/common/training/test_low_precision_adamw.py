@@ -1,6 +1,10 @@
 """AdamW with float8 moments: its rounding against PyTorch's types, its steps against PyTorch's AdamW in float64."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from common.training.low_precision_adamw import (
     round_stochastically,
 )
 
+ROOT = Path(__file__).parents[3]
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -29,7 +34,7 @@ def neighbours(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_a_number_becomes_one_of_its_two_neighbours_and_itself_on_average(dtype):
     torch.manual_seed(0)
-    largest = min(FORMATS[dtype].largest, 1e30)
+    largest = min(FORMATS[dtype].largest, 1e30)  # of which the gap to the next is a number too
     magnitudes = torch.logspace(-6, 2, 400) if dtype == torch.float8_e4m3fn else torch.logspace(-4, 4, 400)
     values = torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, largest, -largest])])
     rounded = torch.stack([round_stochastically(values, dtype).double() for _ in range(4000)])
@@ -176,3 +181,12 @@ def test_saved_moments_are_restored_bit_for_bit():
         torch.manual_seed(5)
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_gpus_kernel_takes_the_same_steps():
+    """By Triton's interpreter, which has to be asked for before Triton is imported: hence the program."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, str(ROOT / "tests" / "common" / "training" / "triton_kernel.py")]
+    run = subprocess.run(program, env=environment, text=True, capture_output=True, timeout=300)
+    assert run.returncode == 0, run.stderr
