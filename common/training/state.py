@@ -106,13 +106,13 @@ class TrainingState:
     def optimizer_step(self) -> torch.Tensor:
         """Clips, steps, clears the gradients. Returns the gradient's norm before clipping."""
         if self.settings.step_in_backward:
-            norm = self.optimizer.optimizer.gradient_norm()  # the steps are done
+            norm = self.optimizer.optimizer.gradient_norm()  # nothing else is left to do: no gradient is there
         else:
             norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
-            if self.settings.optimizer == "adamw_8bit":  # it rounds at random: alike in all processes
-                seed_everything(self.settings.seed, "optimizer", self.step)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        if self.settings.optimizer == "adamw_8bit":  # it rounds at random: alike in all processes
+            seed_everything(self.settings.seed, "optimizer", self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.objective.after_optimizer_step(self.step + 1)
         return optimizers.whole_tensor(norm)
 

@@ -1,7 +1,9 @@
 """Stage 4 on CogVideoX-2B: stream consistency distillation, one forward per window shift.
 
 Command:   bash stage4/train_text_to_video_scm.sh            (--dry_run shows sizes and leaves)
-Hardware:  student and its EMA in float32, the teacher in bf16, up to three teacher forwards a step: 8 GPUs of 80 GB.
+Hardware:  student and its EMA in float32, the teacher in bf16, up to three teacher forwards a step. One H200, a cached
+           sample of 33 frames a step, teacher guided by text alone: 1.17 s with --compile --optimizer adamw_8bit
+           --trained_weights bfloat16 --gradient_checkpointing 18.
            With --rank 64 all three share one base in bf16 (4 GB); factors and moments add less than 1 GB.
 Expect:    `validation/loss` is the distance of one jump from the teacher's ten guided steps; it falls fast at first.
            The sample videos take four forwards to begin with and one for every further half second.
