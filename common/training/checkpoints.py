@@ -180,7 +180,7 @@ def check_same_run(where: Path, saved: dict[str, Any], settings: Any) -> None:
 def base_digest(settings: Any) -> str | None:
     """A hash of the weights that the run starts from, wherever they lie; None for a hub id, which stays as it is.
 
-    It costs reading some 64 MB a file (see fingerprint.py), whatever the model's size.
+    It costs reading 1 GB of a file at most (see fingerprint.py), whatever the model's size.
     """
     transformer = Path(settings.pretrained_model_name_or_path) / "transformer"
     return component_digest(transformer) if transformer.is_dir() else None

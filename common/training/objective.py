@@ -33,9 +33,9 @@ class Objective(ABC):
 
     Attributes:
         needs_control: the data must carry control signals.
-        module: THE trainable module. `requires_grad` marks what is trained; that is float32, all else the compute
-            dtype. The trainer wraps it for several processes and puts the wrapped one back here: call it as it is in
-            `loss`; use `plain_module` where its class or its config matter.
+        module: THE trainable module. `requires_grad` marks what is trained; that is in the type of `trained_weights`,
+            all else in the compute dtype. The trainer wraps it for several processes and puts the wrapped one back
+            here: call it as it is in `loss`; use `plain_module` where its class or its config matter.
         encoder: turns the loader's batches into EncodedBatch.
     """
 
