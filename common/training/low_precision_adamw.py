@@ -165,6 +165,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         numbers = Numbers(*map(float, (group["lr"], group["weight_decay"], beta1, beta2, group["eps"], *corrections)))
         # Of a sharded weight (FSDP2) whole rows are here: all that a step needs.
         weight, gradient = local_part(parameter.detach()), local_part(parameter.grad).contiguous()
+        if not weight.numel():  # a weight of fewer rows than there are processes
+            return
         moments = {name: local_part(value) for name, value in state.items() if name != "step"}
         self._update(weight, gradient, moments, numbers, bounded, int(torch.randint(2**31, ())))
 
