@@ -19,6 +19,21 @@ from common.training.sharding import prepare_sharding, shard_frozen
 logger = logging.getLogger(__name__)
 
 
+def check_layout(settings: Any, accelerator: Accelerator) -> None:
+    """SettingError for what these processes cannot do, before anything is loaded."""
+    for name in ("cuda_graph", "step_in_backward"):
+        if getattr(settings, name) and accelerator.num_processes > 1:
+            raise SettingError(name, f"is for one process, here are {accelerator.num_processes}")
+    if not accelerator.is_fsdp2:
+        return
+    if settings.optimizer == "muon":
+        raise SettingError("optimizer", "muon needs whole matrices, which FSDP shards; use adamw, or DDP")
+    if settings.trained_weights != "float32":
+        raise SettingError("trained_weights", "accelerate has FSDP2 hold float32 weights; leave it at 'float32'")
+    if settings.step_in_backward:  # it hangs on the parameters, which FSDP2 replaces: nothing would be trained
+        raise SettingError("step_in_backward", "does not go with FSDP; one process needs none")
+
+
 class TrainingState:
     """Loads the objective, wraps it for the processes at hand and takes up `checkpoint`.
 
@@ -32,6 +47,7 @@ class TrainingState:
     """
 
     def __init__(self, settings: Any, objective: Objective, accelerator: Accelerator, checkpoint: Path | None):
+        check_layout(settings, accelerator)
         self.settings, self.objective, self.accelerator = settings, objective, accelerator
         self.output_dir = Path(settings.output_dir)
         self.step, self.saved_step = 0, -1
@@ -47,12 +63,6 @@ class TrainingState:
         module = objective.module
         self.skeletons: dict[str, torch.nn.Module] = {}  # whole but empty twins of what is sharded, for `export`
         if accelerator.is_fsdp2:
-            if settings.optimizer == "muon":
-                raise SettingError("optimizer", "muon needs whole matrices, which FSDP shards; use adamw, or DDP")
-            if settings.trained_weights != "float32":
-                raise SettingError(
-                    "trained_weights", "accelerate has FSDP2 hold float32 weights; leave it at 'float32'"
-                )
             frozen = objective.frozen_roles()
             self.skeletons = {name: make_skeleton(m) for name, m in {"module": module, **frozen}.items()}
             prepare_sharding(accelerator, module)

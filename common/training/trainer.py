@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.config.errors import SettingError, UserError, is_out_of_memory
+from common.config.errors import UserError, is_out_of_memory
 from common.data.loader import build_train_loader, build_validation_batch
 from common.training.checkpoints import find_checkpoint, read_state
 from common.training.encoding import EncodedBatch
@@ -117,9 +117,6 @@ class Trainer:
         self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
         check_writable(self.output_dir)
         self.state = TrainingState(settings, self.objective, accelerator, checkpoint)
-        for name in ("cuda_graph", "step_in_backward"):
-            if getattr(settings, name) and accelerator.num_processes > 1:
-                raise SettingError(name, f"is for one process, here are {accelerator.num_processes}")
         if settings.cuda_graph:
             self.step_graph = StepGraph(self.micro_step, accelerator.device)
         self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)

@@ -15,11 +15,15 @@ from torch.distributed.tensor import DTensor
 
 from common.cogvideox.rotary import rotary_positional_embeddings
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
+from common.config.errors import UserError
+from common.config.settings import TrainingSettings
 from common.training import optimizers
 from common.training.checkpoints import module_state
 from common.training.ema import update_ema
 from common.training.export import make_skeleton
+from common.training.low_precision_adamw import LowPrecisionAdamW
 from common.training.sharding import prepare_sharding
+from common.training.state import TrainingState, check_layout
 
 ROOT = Path(__file__).parents[3]
 
@@ -124,3 +128,31 @@ def test_sharded_bf16_model_computes_what_autocast_computes_and_adds_gradients_i
     got = torch.cat([p.grad.full_tensor().flatten() for p in sharded.parameters()])
     wanted = torch.cat([p.grad.flatten() for p in whole.parameters()])
     assert got.dtype == torch.float32 and (got - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "is_sharded", "message"),
+    [
+        ({"optimizer": "muon"}, 2, True, "optimizer: muon needs whole matrices"),
+        ({"trained_weights": "bfloat16"}, 2, True, "trained_weights: .* 'float32'"),
+        ({"step_in_backward": True}, 1, True, "step_in_backward: does not go with FSDP"),
+        ({"step_in_backward": True}, 2, False, "step_in_backward: is for one process, here are 2"),
+        ({"cuda_graph": True}, 2, False, "cuda_graph: is for one process, here are 2"),
+    ],
+)
+def test_what_the_processes_cannot_do_is_refused_before_anything_is_loaded(changes, processes, is_sharded, message):
+    settings = TrainingSettings(**changes)
+    accelerator = SimpleNamespace(num_processes=processes, is_fsdp2=is_sharded)
+    with pytest.raises(UserError, match=message):
+        TrainingState(settings, None, accelerator, None)
+    check_layout(settings, SimpleNamespace(num_processes=1, is_fsdp2=False))
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (0,)])
+def test_a_process_that_holds_no_row_of_a_weight_steps_with_the_others(shape):
+    """As FSDP2 leaves it of a weight with fewer rows than there are processes: a LoRA of rank 4 on 8 GPUs."""
+    empty = nn.Parameter(torch.zeros(shape))
+    empty.grad = torch.zeros(shape)
+    optimizer = LowPrecisionAdamW([empty], 1e-3, (0.9, 0.95), 1e-8, 0.0)
+    optimizer.step()
+    assert optimizer.state[empty]["step"] == 1
