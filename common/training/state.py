@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from common.cogvideox.recomputation import recompute_blocks
 from common.config.errors import SettingError, UserError
@@ -21,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 def check_layout(settings: Any, accelerator: Accelerator) -> None:
     """SettingError for what these processes cannot do, before anything is loaded."""
-    for name in ("cuda_graph", "step_in_backward"):
-        if getattr(settings, name) and accelerator.num_processes > 1:
-            raise SettingError(name, f"is for one process, here are {accelerator.num_processes}")
+    if settings.cuda_graph and accelerator.num_processes > 1:
+        raise SettingError("cuda_graph", f"is for one process, here are {accelerator.num_processes}")
+    if settings.step_in_backward and accelerator.distributed_type != DistributedType.NO:
+        # DDP puts gradients of zero where none should be left, FSDP2 replaces the parameters that the steps hang on.
+        raise SettingError("step_in_backward", "is for one process without DDP or FSDP, even of that process alone")
     if not accelerator.is_fsdp2:
         return
     if settings.optimizer == "muon":
         raise SettingError("optimizer", "muon needs whole matrices, which FSDP shards; use adamw, or DDP")
     if settings.trained_weights != "float32":
         raise SettingError("trained_weights", "accelerate has FSDP2 hold float32 weights; leave it at 'float32'")
-    if settings.step_in_backward:  # it hangs on the parameters, which FSDP2 replaces: nothing would be trained
-        raise SettingError("step_in_backward", "does not go with FSDP; one process needs none")
 
 
 class TrainingState:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -131,21 +132,21 @@ def test_sharded_bf16_model_computes_what_autocast_computes_and_adds_gradients_i
 
 
 @pytest.mark.parametrize(
-    ("changes", "processes", "is_sharded", "message"),
+    ("changes", "processes", "kind", "message"),
     [
-        ({"optimizer": "muon"}, 2, True, "optimizer: muon needs whole matrices"),
-        ({"trained_weights": "bfloat16"}, 2, True, "trained_weights: .* 'float32'"),
-        ({"step_in_backward": True}, 1, True, "step_in_backward: does not go with FSDP"),
-        ({"step_in_backward": True}, 2, False, "step_in_backward: is for one process, here are 2"),
-        ({"cuda_graph": True}, 2, False, "cuda_graph: is for one process, here are 2"),
+        ({"optimizer": "muon"}, 2, "FSDP", "optimizer: muon needs whole matrices"),
+        ({"trained_weights": "bfloat16"}, 2, "FSDP", "trained_weights: .* 'float32'"),
+        ({"step_in_backward": True}, 1, "FSDP", "step_in_backward: is for one process without"),
+        ({"step_in_backward": True}, 1, "MULTI_GPU", "step_in_backward: is for one process without"),
+        ({"cuda_graph": True}, 2, "MULTI_GPU", "cuda_graph: is for one process, here are 2"),
     ],
 )
-def test_what_the_processes_cannot_do_is_refused_before_anything_is_loaded(changes, processes, is_sharded, message):
+def test_what_the_processes_cannot_do_is_refused_before_anything_is_loaded(changes, processes, kind, message):
     settings = TrainingSettings(**changes)
-    accelerator = SimpleNamespace(num_processes=processes, is_fsdp2=is_sharded)
+    kinds = {"distributed_type": DistributedType(kind), "is_fsdp2": kind == "FSDP"}
     with pytest.raises(UserError, match=message):
-        TrainingState(settings, None, accelerator, None)
-    check_layout(settings, SimpleNamespace(num_processes=1, is_fsdp2=False))
+        TrainingState(settings, None, SimpleNamespace(num_processes=processes, **kinds), None)
+    check_layout(settings, SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO, is_fsdp2=False))
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (0,)])
