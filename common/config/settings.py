@@ -216,6 +216,8 @@ class TrainingSettings:
                 raise SettingError(name, f"{getattr(self, name)!r} is not one of {wanted}")
 
     def _check_precision(self) -> None:
+        if self.activation_budget < 1 and not self.compile:
+            raise SettingError("activation_budget", "needs compile = True")
         if self.trained_weights == "bfloat16":
             for name, needed in (("optimizer", "adamw_8bit"), ("mixed_precision", "bf16")):
                 if getattr(self, name) != needed:

@@ -16,7 +16,7 @@ from common.config.errors import SettingError
 from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import TrainingSettings
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2  # since files are hashed whole up to 1 GiB
 WHOLE_UP_TO = 1 << 30  # bytes; larger files are known by samples, since hashing a text encoder of 10 GB takes a minute
 NUM_BLOCKS, BLOCK_BYTES = 1024, 64 << 10  # a sample in every 5 MB of a T5 shard, whose matrices have 33
 COMPONENTS = ("vae", "text_encoder", "tokenizer")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from common.config.errors import UserError
 from common.data.buckets import Bucket
 from common.data.dataset import ClipDataset, VideoDataset
 from common.data.index import ClipRecord
@@ -54,6 +55,10 @@ class LatentDataset(ClipDataset):
             if self.videos is None:
                 raise
             if not self.has_warned:  # by each data worker: for 10,000 clips that would be 10,000 lines
-                logger.warning("what the cache lacks is encoded while training, which is slow; the first: %s", error)
+                what = "is encoded while training: slow, and VAE and text encoder take memory"
+                logger.warning("what the cache lacks %s; the first: %s", what, error)
             self.has_warned = True
-            return fetch(self.videos)
+            try:
+                return fetch(self.videos)
+            except UserError as failure:
+                raise UserError(f"{error}; nor do the videos serve: {failure}") from failure

@@ -6,6 +6,7 @@ what `common.tools.train --dry_run` prints.
 
 import argparse
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def dry_run(arguments: argparse.Namespace) -> None:
     """Prints the plan of the run that accelerate's parser has made `arguments` of."""
     config_path, _, overrides = parse_launch_line(arguments.training_script_args)
     accelerate_config = load_config_from_file(arguments.config_file)
-    is_sharded = accelerate_config.distributed_type == DistributedType.FSDP
+    # accelerate runs DDP on CPUs, whatever its config says.
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
+    is_sharded = accelerate_config.distributed_type == DistributedType.FSDP and not on_cpu
     words = [word for word in sys.argv[1:] if word != "--dry_run"]
     layout = {
         "machines": arguments.num_machines,

@@ -10,6 +10,7 @@ step is; on a GPU low_precision_kernel.py does it in one pass over memory.
 Shapes: O rows of a weight, I all its other entries; a vector is one row.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -35,15 +36,15 @@ class Format(NamedTuple):
 
 E4M3 = Format(3, -6, 448.0)  # of the first moment: 18 octaves
 E5M2 = Format(2, -14, 57344.0)  # of the second: 32 octaves, for it is squared
-BF16 = Format(
-    7, -100, torch.finfo(torch.bfloat16).max
-)  # its own smallest exponent is lower, where a digit would be no normal float32
+# Its own smallest exponent is lower, where a digit would be no normal float32.
+BF16 = Format(7, -100, torch.finfo(torch.bfloat16).max)
 FORMATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2, torch.bfloat16: BF16}
 MOMENTS = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
 
 
 class Numbers(NamedTuple):
-    """What a step is made with: the rate of the moment, AdamW's constants, the moments' corrections 1 − βᵗ."""
+    """What a step is made with: the rate of the moment, AdamW's constants, the moments' corrections 1 − βᵗ, and
+    `largest_step`."""
 
     rate: float
     decay: float
@@ -52,6 +53,26 @@ class Numbers(NamedTuple):
     eps: float
     correction1: float
     correction2: float
+    largest: float
+
+    @classmethod
+    def of_step(cls, step: int, rate: float, decay: float, betas: tuple[float, float], eps: float) -> "Numbers":
+        """`step` counts from 1."""
+        corrections = (1 - beta**step for beta in betas)
+        return cls(rate, decay, *betas, eps, *corrections, largest_step(*betas, step))
+
+
+def largest_step(beta1: float, beta2: float, step: int) -> float:
+    """The most, in learning rates, that AdamW can move a weight by whatever the gradients: no |m̂|/√v̂ is larger.
+
+    By Cauchy and Schwarz √(Σ wᵢ²/uᵢ), where wᵢ and uᵢ are the shares that the i-th last gradient has in m̂ and v̂: 1 in
+    the first step, 1.17 in the end for β = (.9, .95).
+    """
+    ratio = beta1**2 / beta2
+    if ratio >= 1:
+        return math.inf  # it grows with every step
+    terms = (1 - ratio**step) / (1 - ratio)
+    return (1 - beta1) / (1 - beta1**step) * ((1 - beta2**step) / (1 - beta2) * terms) ** 0.5
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,6 +117,8 @@ def update(
         rms = (gradient.square() / variance.clamp(min=numbers.eps**2)).mean(dim=1, keepdim=True).sqrt()
         rate /= rms.clamp(min=1)
     step = first / numbers.correction1 / (variance.sqrt() + numbers.eps)
+    # Where gradients are some 1e-5 of their row's largest, the second moment is often rounded to nothing.
+    step = step.clamp(-numbers.largest, numbers.largest)
     weights = weights * (1 - rate * numbers.decay) - rate * step
     if parameter.dtype != torch.float32:
         weights = round_stochastically(weights, parameter.dtype)
@@ -159,10 +182,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def _step(self, parameter: nn.Parameter, group: dict[str, Any], bounded: bool = False) -> None:
         if not self.state[parameter]:
             self.state[parameter] = self.make_state(parameter)
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        state = self.state[parameter]
         state["step"] += 1
-        corrections = (1 - beta ** state["step"].item() for beta in (beta1, beta2))
-        numbers = Numbers(*map(float, (group["lr"], group["weight_decay"], beta1, beta2, group["eps"], *corrections)))
+        numbers = Numbers.of_step(
+            int(state["step"]), float(group["lr"]), float(group["weight_decay"]), group["betas"], group["eps"]
+        )
         # Of a sharded weight (FSDP2) whole rows are here: all that a step needs.
         weight, gradient = local_part(parameter.detach()), local_part(parameter.grad).contiguous()
         if not weight.numel():  # a weight of fewer rows than there are processes

@@ -64,7 +64,7 @@ def _write_moment(
 @triton.jit(do_not_specialize=["seed"])
 def _update_row(
     weights, gradients, first, first_scales, second, second_scales, width, seed,
-    rate, decay, beta1, beta2, eps, correction1, correction2,
+    rate, decay, beta1, beta2, eps, correction1, correction2, largest,
     BOUNDED: tl.constexpr, ROUNDED: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK: tl.constexpr,
     M1: tl.constexpr, S1: tl.constexpr, L1: tl.constexpr, D1: tl.constexpr,
     M2: tl.constexpr, S2: tl.constexpr, L2: tl.constexpr, D2: tl.constexpr, MW: tl.constexpr, SW: tl.constexpr,
@@ -93,7 +93,9 @@ def _update_row(
         ratio = gradient * gradient / tl.maximum(variance, eps * eps)
         rate /= tl.maximum(tl.sqrt(tl.sum(ratio, axis=0) / width), 1.0)
     weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
-    weight = weight * (1 - rate * decay) - rate * (mean / correction1) / (tl.sqrt(variance) + eps)
+    step = (mean / correction1) / (tl.sqrt(variance) + eps)
+    step = tl.minimum(tl.maximum(step, -largest), largest)
+    weight = weight * (1 - rate * decay) - rate * step
     if ROUNDED:
         weight = _round(weight, draw, MW, SW)
     tl.store(weights + at, weight.to(weights.dtype.element_ty), mask=inside)

@@ -4,7 +4,7 @@ Command:   cd stage4 && bash train_text_to_video_scm.sh --config training/miniwo
 Needs:     outputs/miniworld/ as scripts/quickstart.sh makes it. On two CPU cores: about two minutes.
 """
 
-from stage4.training.scm import SCMSettings
+from stage4.training.scm_settings import SCMSettings
 
 args = SCMSettings()
 

@@ -10,7 +10,7 @@ Expect:    `validation/loss` is the distance of one jump from the teacher's ten 
 Next:      python stage4/inference.py --model_path outputs/stage4 --control "D*160" --output drive.mp4
 """
 
-from stage4.training.scm import SCMSettings
+from stage4.training.scm_settings import SCMSettings
 
 args = SCMSettings()
 

@@ -91,6 +91,7 @@ def test_every_stage_trains_with_bfloat16_weights_near_float32(tiny_stages, tmp_
          "step_in_backward"),
         (["--optimizer", "adam8"], "optimizer"),
         (["--activation_budget", "1.5"], "activation_budget"),
+        (["--activation_budget", "0.5"], "activation_budget"),
     ],
 )  # fmt: skip
 def test_what_cannot_go_together_is_refused(tiny_stages, tmp_path, words, name):

@@ -15,6 +15,7 @@ from common.training.low_precision_adamw import (
     FORMATS,
     MOMENTS,
     LowPrecisionAdamW,
+    largest_step,
     quantize,
     round_stochastically,
 )
@@ -149,6 +150,39 @@ def test_steps_in_the_backward_pass_leave_no_gradients_and_follow_the_rate_of_th
             assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), early.parameters(), strict=True))
     for before, a, b in zip(start.parameters(), whole.parameters(), early.parameters(), strict=True):
         assert (a - b).norm() < 0.2 * (a - before).norm()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.5, 0.9)])
+def test_the_largest_step_is_reached_by_the_worst_gradients_and_by_no_others(betas):
+    """In float64, by PyTorch's AdamW. The worst are in proportion to their shares of one moment over the other."""
+    steps = 30
+    ages = torch.arange(steps, dtype=torch.float64).flip(0)
+    shares = [(1 - beta) * (beta**ages) / (1 - beta**steps) for beta in betas]
+    worst = shares[0] / shares[1]
+    drawn = torch.randn(steps, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 3
+    for gradients, check in ((worst[:, None], True), (drawn, False)):
+        weight = nn.Parameter(torch.zeros(gradients.shape[1], dtype=torch.float64))
+        optimizer = torch.optim.AdamW([weight], lr=1.0, betas=betas, eps=0.0, weight_decay=0.0)
+        for gradient in gradients:
+            before, weight.grad = weight.detach().clone(), gradient.clone()
+            optimizer.step()
+        moved, most = (weight.detach() - before).abs(), largest_step(*betas, steps)
+        assert (moved <= most * (1 + 1e-9)).all()
+        if check:
+            assert moved.item() == pytest.approx(most, rel=1e-6)
+    assert largest_step(0.9, 0.5, 100_000) == float("inf") and largest_step(*betas, 1) == pytest.approx(1)
+
+
+def test_small_gradients_beside_large_ones_take_no_wild_steps():
+    """A hundred thousandth of their row's largest: the second moment has no digits for their squares."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 8, bias=False)
+    optimizer = LowPrecisionAdamW(model.parameters(), **OPTIONS | {"lr": 1.0, "weight_decay": 0.0})
+    for step in range(40):
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.randn(8, 64) * torch.where(torch.arange(64) == 0, 1.0, 1e-5)
+        optimizer.step()
+        assert (model.weight - before).abs().max() <= 1.001 * largest_step(0.9, 0.95, step + 1)
 
 
 def test_an_outlier_moves_a_weight_no_further_than_the_rate():

@@ -8,7 +8,7 @@ import torch
 from common.training.low_precision_adamw import FORMATS, MOMENTS, LowPrecisionAdamW, Numbers, read_moment, update
 from common.training.low_precision_kernel import update_on_gpu
 
-NUMBERS = Numbers(1e-2, 0.1, 0.9, 0.95, 1e-8, 0.1, 0.05)  # of a first step
+NUMBERS = Numbers.of_step(1, 1e-2, 0.1, (0.9, 0.95), 1e-8)
 
 
 def new_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -58,6 +58,17 @@ def every_code_is_read_and_written_as_pytorch_does() -> None:
         assert state[f"{name}_scale"].item() == 2.0**-7
 
 
+def no_step_is_larger_than_adamws_largest() -> None:
+    """Here the first moment is there and the second is rounded away."""
+    weight = torch.zeros(1, 32)
+    state = new_state(weight)
+    state["exp_avg"].fill_(1.0)
+    state["exp_avg_scale"].fill_(1.0)
+    numbers = Numbers.of_step(50, 1.0, 0.0, (0.9, 0.95), 1e-8)
+    update_on_gpu(weight, torch.zeros_like(weight), state, numbers, False, 3)
+    torch.testing.assert_close(weight, torch.full_like(weight, -numbers.largest))
+
+
 def bfloat16_weights_move_as_float64_on_average() -> None:
     weight, gradient = torch.randn(1, 128).bfloat16(), torch.randn(1, 128).bfloat16()
     numbers, runs = NUMBERS._replace(rate=1e-3), 100
@@ -76,6 +87,7 @@ def bfloat16_weights_move_as_float64_on_average() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    no_step_is_larger_than_adamws_largest()
     steps_of_float32_weights_are_those_of_update()
     every_code_is_read_and_written_as_pytorch_does()
     bfloat16_weights_move_as_float64_on_average()
