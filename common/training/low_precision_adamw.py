@@ -36,7 +36,7 @@ class Format(NamedTuple):
 
 E4M3 = Format(3, -6, 448.0)  # of the first moment: 18 octaves
 E5M2 = Format(2, -14, 57344.0)  # of the second: 32 octaves, for it is squared
-# Its own smallest exponent is lower, where a digit would be no normal float32.
+# bfloat16's own smallest exponent is lower, where a digit would be no normal float32.
 BF16 = Format(7, -100, torch.finfo(torch.bfloat16).max)
 FORMATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2, torch.bfloat16: BF16}
 MOMENTS = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}

@@ -1,7 +1,7 @@
 """`low_precision_adamw.update` on a GPU: a row a program, all in registers, one pass over memory.
 
-PyTorch's compiler makes a slower one of the same formulas, and takes minutes: it computes moments twice, once for their
-scales, and a compiled call costs the host .4 ms, of which CogVideoX-2B would take a thousand a step.
+The same formulas compiled by PyTorch cost the host .4 ms a call, of which CogVideoX-2B would take a thousand a step, or
+minutes of compiling with many weights in a call. Here a step of all of them takes 53 ms on an H200.
 
 float8 is packed from and to bits here: GPUs before Hopper and Ada have no instruction for it.
 """

@@ -99,11 +99,10 @@ def test_what_cannot_go_together_is_refused(tiny_stages, tmp_path, words, name):
         tiny_stages.settings(3, tmp_path, "--cuda_graph", "False", *words)
 
 
-def test_a_compiled_block_keeps_no_more_than_its_budget(monkeypatch):
+def test_a_compiled_block_keeps_no_more_than_its_budget():
     """By the partitioner that every backend has its graphs from; here they run as they are."""
     kept, results = [], []
     for budget in (1.0, 0.5, 0.0):
-        monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", budget)
         torch.compiler.reset()
         torch.manual_seed(0)
         transformer = CogVideoXTransformer3DModel(**MODEL)
@@ -117,7 +116,10 @@ def test_a_compiled_block_keeps_no_more_than_its_budget(monkeypatch):
                 sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with (
+            torch._functorch.config.patch(activation_memory_budget=budget),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
             results.append(loss_and_gradients(transformer))
         kept.append(sum(sizes.values()))
     torch.compiler.reset()
