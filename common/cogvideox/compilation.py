@@ -23,7 +23,7 @@ def compile_blocks(transformer: nn.Module) -> None:
     Once for every kind of call: window length, dtype, with or without gradient, training or validation batch; that may
     be more often than torch allows unasked.
     """
-    allow_many_kinds()
+    _allow_many_kinds()
     for block in all_blocks(transformer):
         block.compile(fullgraph=True, dynamic=False)
 
@@ -38,7 +38,7 @@ def compile_decoder(vae: AutoencoderKLCogVideoX) -> None:
     `StreamingDecoder` sees to. And cuDNN tries its algorithms out, for this process as a whole.
     """
     make_streamable(vae)
-    allow_many_kinds()
+    _allow_many_kinds()
     decoder = vae.decoder
     if vae.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the default choice of algorithm is slower
@@ -52,6 +52,6 @@ def compile_decoder(vae: AutoencoderKLCogVideoX) -> None:
         layer.compile(fullgraph=True, dynamic=False, options=ONE_PASS)
 
 
-def allow_many_kinds() -> None:
+def _allow_many_kinds() -> None:
     """Of calls of one compiled function, each compiled for itself: more than torch allows unasked."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_KINDS)

@@ -18,7 +18,11 @@ LARGEST = torch.finfo(FLOAT8).max  # 448
 def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """[M,I] → float8 [M,I] and float32 [M,1], whose product is the matrix but for rounding (3 bits of mantissa)."""
     scale = matrix.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (matrix.float() / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+    return to_float8(matrix.float() / scale), scale
+
+
+def to_float8(numbers: Tensor) -> Tensor:
+    return numbers.clamp(-LARGEST, LARGEST).to(FLOAT8)
 
 
 def gelu(numbers: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def quantize_gelu_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     numbers = matrix.float()
     largest = gelu(numbers.amax(dim=1, keepdim=True)).clamp(min=0.1701)
     scale = largest / LARGEST
-    return (gelu(numbers) / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+    return to_float8(gelu(numbers) / scale), scale
 
 
 class Float8Linear(nn.Module):

@@ -128,9 +128,8 @@ class TrainingSettings:
         self._check_choices()
         self._check_buckets()
         if self.cuda_graph:
-            for name, needed in (("gradient_checkpointing", False), ("gradient_accumulation_steps", 1)):
-                if getattr(self, name) != needed:
-                    raise SettingError("cuda_graph", f"needs {name} = {needed}; a recorded step has no other form")
+            form = "needs {}; a recorded step has no other form"
+            self._require("cuda_graph", form, gradient_checkpointing=False, gradient_accumulation_steps=1)
             if self.optimizer == "adamw_8bit":
                 raise SettingError("cuda_graph", "needs optimizer = 'adamw' or 'muon'; 'adamw_8bit' cannot be recorded")
             if not self.latent_cache_dir:
@@ -216,16 +215,19 @@ class TrainingSettings:
                 raise SettingError(name, f"{getattr(self, name)!r} is not one of {wanted}")
 
     def _check_precision(self) -> None:
-        if self.activation_budget < 1 and not self.compile:
-            raise SettingError("activation_budget", "needs compile = True")
+        if self.activation_budget < 1:
+            self._require("activation_budget", "needs {}", compile=True)
         if self.trained_weights == "bfloat16":
-            for name, needed in (("optimizer", "adamw_8bit"), ("mixed_precision", "bf16")):
-                if getattr(self, name) != needed:
-                    raise SettingError("trained_weights", f"'bfloat16' needs {name} = {needed!r}")
+            self._require("trained_weights", "'bfloat16' needs {}", optimizer="adamw_8bit", mixed_precision="bf16")
         if self.step_in_backward:
-            for name, needed in (("optimizer", "adamw_8bit"), ("gradient_accumulation_steps", 1)):
-                if getattr(self, name) != needed:
-                    raise SettingError("step_in_backward", f"needs {name} = {needed!r}")
+            self._require("step_in_backward", "needs {}", optimizer="adamw_8bit", gradient_accumulation_steps=1)
+
+    def _require(self, setting: str, message: str, **needed: Any) -> None:
+        """SettingError about `setting` unless the others are as it needs them; the message's {} names one that is
+        not."""
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise SettingError(setting, message.format(f"{name} = {value!r}"))
 
     def _check_buckets(self) -> None:
         for name in ("frame_buckets", "height_buckets", "width_buckets"):

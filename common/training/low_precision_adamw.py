@@ -12,6 +12,7 @@ Shapes: O rows of a weight, I all its other entries; a vector is one row.
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class Numbers(NamedTuple):
     largest: float
 
     @classmethod
+    @lru_cache(maxsize=8)  # a step's are the same for a thousand parameters
     def of_step(cls, step: int, rate: float, decay: float, betas: tuple[float, float], eps: float) -> "Numbers":
         """`step` counts from 1."""
         corrections = (1 - beta**step for beta in betas)

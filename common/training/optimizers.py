@@ -132,11 +132,8 @@ def load_optimizer_state(
     for full_key, value in state.items():
         key, name = full_key.split(":", 1)
         parameter = parameters[name]
-        # "step" is a number for each parameter, which PyTorch's fused AdamW wants on the GPU and ours does not; only
-        # what has the parameter's rows is sharded with it.
-        counts_on_host = isinstance(optimizer, LowPrecisionAdamW)
         if value.dim():
             placed = like_parameter(value, parameter)
-        else:
-            placed = value.to("cpu" if counts_on_host else parameter.device)
+        else:  # "step", a number that is on the CPU but for PyTorch's fused optimizers; no shard has a part of it
+            placed = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu")
         optimizer.state[parameter][key] = placed
