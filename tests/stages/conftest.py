@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.config.loader import load_settings
 from common.tools.fuse_lora_weights import fuse_lora_weights
+from common.training.encoding import EncodedBatch
 from common.training.trainer import Trainer
 from data.miniworld import make_videos
 
@@ -23,6 +25,32 @@ STAGE_ARGUMENTS = {
     3: "",
     4: "--learning_rate 1e-3",
 }
+
+
+def random_batch(batch_size: int, num_frames: int, channels: int, height: int, width: int) -> EncodedBatch:
+    """Samples as the tiny models take them, the same every time."""
+    g = torch.Generator().manual_seed(0)
+    return EncodedBatch(
+        torch.randn(batch_size, num_frames, channels, height, width, generator=g),
+        torch.randn(batch_size, 16, 24, generator=g),
+        torch.randint(0, 9, (batch_size, num_frames, 1), generator=g).repeat(1, 1, 4),
+        [str(i) for i in range(batch_size)],
+    )
+
+
+def make_objective(stage: int, base, *overrides: str):
+    """A stage's objective on a tiny base, with nothing loaded."""
+    words = [*TINY.split(), "--pretrained_model_name_or_path", str(base), *overrides]
+    if stage == 2:
+        words += ["--control_dim", "12", "--control_start_layer", "1", "--control_end_layer", "2"]
+    return load_settings(ROOT / f"stage{stage}" / "training" / "miniworld_config.py", words).build_objective()
+
+
+def load_objective(stage: int, base, *overrides: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    objective = make_objective(stage, base, *overrides)
+    torch.manual_seed(0)
+    objective.load(torch.device(device), dtype)
+    return objective
 
 
 class TinyStages:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
 
 from common.config.loader import load_settings
 from common.training import trainer
+from common.training.sharding import local_part
 
 
 def let_accelerate_shard_on_a_cpu() -> None:
@@ -49,7 +49,7 @@ class Trainer(trainer.Trainer):
 def share_held_here(module: torch.nn.Module) -> float:
     """Elements of the module's parameters in this process's memory, of all; gathered ones count whole."""
     parameters = list(module.parameters())
-    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    here = sum(local_part(p).numel() for p in parameters)
     return here / sum(p.numel() for p in parameters)
 
 

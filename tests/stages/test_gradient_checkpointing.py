@@ -9,9 +9,8 @@ from common.cogvideox.recomputation import recompute_blocks, recomputed_layers
 from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import UserError
 from common.config.loader import load_settings
-from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
-from tests.stages.conftest import ROOT, TINY
+from tests.stages.conftest import ROOT, TINY, random_batch
 
 B, F, C, H, W, LAYERS = 2, 9, 16, 4, 6, 4
 # (setting, layers): pairs, since to a dict 1 and True are the same
@@ -114,13 +113,7 @@ def test_every_stage_learns_the_same(stage, tiny_base, tiny_models):
         2: ["--control_dim", "12", "--control_start_layer", "1", "--control_end_layer", "4"],
     }.get(stage, [])
     settings = load_settings(ROOT / f"stage{stage}" / "training" / "miniworld_config.py", words)
-    generator = torch.Generator().manual_seed(0)
-    batch = EncodedBatch(
-        torch.randn(B, F, C, H, W, generator=generator),
-        torch.randn(B, 16, 24, generator=generator),
-        torch.randint(0, 9, (B, F, 4), generator=generator),
-        ["a", "b"],
-    )
+    batch = random_batch(B, F, C, H, W)
     results = []
     for wanted in (False, 2, True):
         objective = settings.build_objective()

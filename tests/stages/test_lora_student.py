@@ -9,15 +9,15 @@ from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.recomputation import recompute_blocks
 from common.cogvideox.transformer import all_blocks
 from common.config.errors import UserError
-from common.config.loader import load_settings
 from common.training.encoding import EncodedBatch
 from common.training.optimizers import whole_tensor
 from common.training.random import SampleRandom
 from stage4.training.scm_lora import lora_layers
-from tests.stages.conftest import ROOT, TINY, read_metrics
+from tests.stages.conftest import load_objective, make_objective, random_batch, read_metrics
 
 B, F, C, H, W = 2, 9, 16, 4, 8
 RANK, DECAY = 4, 0.75
+LORA = ["--rank", str(RANK), "--lora_alpha", "2", "--ema_decay", str(DECAY)]
 
 
 @pytest.fixture
@@ -27,26 +27,11 @@ def base(tiny_models):
 
 @pytest.fixture
 def batch() -> EncodedBatch:
-    g = torch.Generator().manual_seed(0)
-    return EncodedBatch(
-        torch.randn(B, F, C, H, W, generator=g),
-        torch.randn(B, 16, 24, generator=g),
-        torch.randint(0, 9, (B, F, 1), generator=g).repeat(1, 1, 4),
-        [str(i) for i in range(B)],
-    )
-
-
-def settings_of(base, *overrides: str):
-    words = [*TINY.split(), "--pretrained_model_name_or_path", str(base), "--rank", str(RANK), "--lora_alpha", "2"]
-    words += ["--ema_decay", str(DECAY), *overrides]
-    return load_settings(ROOT / "stage4" / "training" / "miniworld_config.py", words)
+    return random_batch(B, F, C, H, W)
 
 
 def load(base, *overrides: str, dtype: torch.dtype = torch.float32):
-    objective = settings_of(base, *overrides).build_objective()
-    torch.manual_seed(0)
-    objective.load(torch.device("cpu"), dtype)
-    return objective
+    return load_objective(4, base, *LORA, *overrides, dtype=dtype)
 
 
 def factors(objective, adapter: str) -> dict[str, torch.Tensor]:
@@ -246,4 +231,4 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tiny_stages, base, tmp_p
 
 def test_a_layer_that_is_not_there_is_refused_before_weights_are_read(base):
     with pytest.raises(UserError, match=r"lora_target_modules.*'to_z'"):
-        settings_of(base, "--lora_target_modules", "to_z").build_objective().describe()
+        make_objective(4, base, *LORA, "--lora_target_modules", "to_z").describe()

@@ -17,31 +17,15 @@ from common.data.index import read_index
 from common.data.loader import build_dataset
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
-from tests.stages.conftest import ROOT, TINY
+from tests.stages.conftest import ROOT, TINY, random_batch
+from tests.stages.conftest import load_objective as load
 
 B, F, C, H, W = 6, 9, 16, 4, 8
 
 
-def load(stage: int, base, *overrides: str):
-    config = ROOT / f"stage{stage}" / "training" / "miniworld_config.py"
-    words = [*TINY.split(), "--pretrained_model_name_or_path", str(base), *overrides]
-    if stage == 2:
-        words += ["--control_dim", "12", "--control_start_layer", "1", "--control_end_layer", "2"]
-    objective = load_settings(config, words).build_objective()
-    torch.manual_seed(0)
-    objective.load(torch.device("cpu"), torch.float32)
-    return objective
-
-
 @pytest.fixture
 def batch() -> EncodedBatch:
-    g = torch.Generator().manual_seed(0)
-    return EncodedBatch(
-        torch.randn(B, F, C, H, W, generator=g),
-        torch.randn(B, 16, 24, generator=g),
-        torch.randint(0, 9, (B, F, 1), generator=g).repeat(1, 1, 4),
-        [str(i) for i in range(B)],
-    )
+    return random_batch(B, F, C, H, W)
 
 
 def knows(objective, latents):

@@ -4,21 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.config.loader import load_settings
-from tests.stages.conftest import ROOT, TINY
+from tests.stages.conftest import load_objective
 
 CACHED = ["--latent_cache_dir", "/cache", "--windows_per_clip", "1"]
 
 
 def objective_of(stage: int, tiny_base, tiny_models, device: str, *overrides: str):
     base = tiny_base if stage < 3 else tiny_models / f"stage{stage - 1}"
-    words = [*TINY.split(), "--pretrained_model_name_or_path", str(base), *overrides]
-    if stage == 2:
-        words += ["--control_dim", "12", "--control_start_layer", "1", "--control_end_layer", "2"]
-    config = ROOT / f"stage{stage}" / "training" / "miniworld_config.py"
-    objective = load_settings(config, words).build_objective()
-    objective.load(torch.device(device), torch.float32)
-    return objective
+    return load_objective(stage, base, *overrides, device=device)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])

@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from common.training.low_precision_adamw import (
     quantize,
     round_stochastically,
 )
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[3]
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
