@@ -14,7 +14,7 @@ from common.serving.protocol import unpack_frame
 from common.serving.room import Room
 from common.serving.server import listen, make_server
 
-PATIENCE = 20.0  # seconds until a test gives up; other processes may have the machine
+PATIENCE = 40.0  # seconds until a test gives up; other processes may have the machine
 
 
 @pytest.fixture(scope="session")

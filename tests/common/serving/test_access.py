@@ -77,7 +77,7 @@ def test_a_foreign_name_that_points_here_is_refused_without_a_token(serve):
     def get(host):
         request = urllib.request.Request(f"http://{server.address}/recordings/x", headers={"Host": host})
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=10)
+            urllib.request.urlopen(request, timeout=40)
         return error.value.code
 
     assert [get(host) for host in ("localhost:9", "127.0.0.1", "[::1]:80")] == [404] * 3
@@ -98,14 +98,14 @@ def test_the_page_has_a_strict_policy(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(app_module, "STATIC", tmp_path)
     server = serve()
     for path in ("/", "/static/player.js"):
-        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=40) as answer:
             policy = answer.headers["content-security-policy"]
             assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
             assert answer.headers["referrer-policy"] == "no-referrer"
             assert answer.headers["x-content-type-options"] == "nosniff"
     for path in ("/static/../app.py", "/static/..%2fapp.py", "/docs", "/openapi.json"):
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(f"http://{server.address}{path}", timeout=10)
+            urllib.request.urlopen(f"http://{server.address}{path}", timeout=40)
         assert error.value.code == 404
 
 
@@ -179,7 +179,7 @@ def test_the_program_ends_cleanly_when_it_is_terminated(tiny_models, tmp_path, f
     try:
         with connect_without_goodbye(free_port):
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=30)
+            _, said = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0 and "Traceback" not in said and f"stage4 at http://127.0.0.1:{free_port}" in said

@@ -50,7 +50,7 @@ def test_a_replay_and_a_control_file(serve, run_client, tmp_path):
 
 def test_it_waits_for_the_wheel_and_for_a_model_that_loads(serve, run_client, refused, tmp_path, tiny_world_model):
     is_open = threading.Event()
-    server = serve(load=lambda progress: is_open.wait(20) and tiny_world_model)
+    server = serve(load=lambda progress: is_open.wait(60) and tiny_world_model)
     words = ["--url", server.address, "--output", tmp_path / "x.mp4", "--control", "D*8", "--patience", 0.5]
     assert "after 0.5 s the model is still loading" in refused(client.main, *words)
     is_open.set()

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 import time
 from dataclasses import replace
 
@@ -49,7 +50,7 @@ def test_a_signal_is_read_by_the_next_shift_and_held(play, tiny_world_model):
         await player.signal("B")
         assert (await player.frame(lambda header: header.signal_id == 2))[0].signal == 3
         stats = await player.until("stats")
-        assert 0 < stats["key_to_read_ms"] < 2000
+        assert stats["key_to_read_ms"] > 0
 
     play(scenario)
 
@@ -105,27 +106,28 @@ def test_pause_holds_the_world_and_goes_on_without_a_gap(play):
 
 def test_the_prompt_changes_in_mid_stream_without_a_stall(play, tiny_world_model, monkeypatch):
     """Even when encoding takes long: it happens aside."""
-    encode, is_slow = tiny_world_model.encode, []
+    encode, begun, may_end = tiny_world_model.encode, threading.Event(), threading.Event()
 
     def slow_encode(prompt):
-        if is_slow:
-            time.sleep(1.5)
+        if prompt == "snow and fog":
+            begun.set()
+            may_end.wait(60)
         return encode(prompt)
 
     monkeypatch.setattr(tiny_world_model, "encode", slow_encode)
 
     async def scenario(player, server):
         await player.frame()
-        is_slow.append(True)
-        asked = time.perf_counter()
         await player.send(type="prompt", prompt="snow and fog")
-        gaps, last = [], asked
-        while player.status.get("prompt") != "snow and fog":
-            if isinstance(await player.receive(), tuple):
-                gaps.append(time.perf_counter() - last)
-                last = time.perf_counter()
-        assert time.perf_counter() - asked >= 1.5
-        assert len(gaps) > 10 and max(gaps) < 1  # a machine at work on other things makes gaps too
+        await asyncio.to_thread(begun.wait, 60)
+        shifts = server.room.engine._history.shift
+        while server.room.engine._history.shift < shifts + 4:
+            await player.frame()
+        assert player.status["prompt"] == "a red car"
+        may_end.set()
+        await player.shows(prompt="snow and fog")
+        while not server.room.engine._history.log(10**6, 0, 0).prompts:
+            await player.frame()
         stream = {header.stream for header, _ in player.frames}
         assert len(stream) == 1
         log = server.room.engine._history.log(10**6, 0, 0)

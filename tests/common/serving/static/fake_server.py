@@ -149,7 +149,7 @@ class FakeServer:
     def messages(self, kind: str) -> list[dict]:
         return [message for message in self.heard if message["type"] == kind]
 
-    def wait_for(self, kind: str, count: int = 1, seconds: float = 5.0) -> list[dict]:
+    def wait_for(self, kind: str, count: int = 1, seconds: float = 30.0) -> list[dict]:
         """The messages of a kind, as soon as there are so many."""
         deadline = time.monotonic() + seconds
         while len(self.messages(kind)) < count:

@@ -5,6 +5,7 @@ The server is a double that can be made to load, fail and vanish; test_page_live
 
 import json
 import re
+import time
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -69,10 +70,11 @@ def test_keys_are_released_when_the_window_loses_the_focus(page: Page, fake_serv
 
 
 def test_latency_is_measured_from_key_to_frame(page: Page, fake_server):
+    pressed = time.perf_counter()
     page.keyboard.down("ArrowRight")
     expect(page.locator("#stat-latency")).to_have_text(re.compile(r"^\d+ ms \(median \d+\)$"))
     milliseconds = int(page.locator("#stat-latency").inner_text().split()[0])
-    assert 0 <= milliseconds < 2500  # bursts are half a second apart
+    assert 0 <= milliseconds <= 1000 * (time.perf_counter() - pressed)
 
 
 def test_the_selects_write_a_caption(page: Page, fake_server):
@@ -191,7 +193,7 @@ def test_lost_connection_shows_and_recovers(page: Page, fake_server):
     expect(page.locator("#card-text")).to_have_text(re.compile(r"Trying again in \d s\."))
     expect(page.get_by_role("status")).to_have_text("Connection lost")
     fake_server.reopen()
-    page.click("#card-button")
+    page.locator("#card-button").dispatch_event("click")  # hidden already if the page has tried again by itself
     expect(page.locator("#card")).to_be_hidden()
     expect(page.get_by_role("status")).to_have_text("You drive")
     assert fake_server.wait_for("signal", 3)[-1]["signal"] == "N", "a lost connection lets the keys go"
@@ -204,7 +206,7 @@ def test_recording_and_replay(page: Page, fake_server, tmp_path):
     page.click("#record")
     assert fake_server.wait_for("record") == [{"type": "record", "on": True}]
     fake_server.tell(recording=True)
-    expect(page.locator("#record")).to_have_text(re.compile(r"Stop 0:0\d"))
+    expect(page.locator("#record")).to_have_text(re.compile(r"Stop 0:\d\d"))
     page.keyboard.press("r")
     assert fake_server.wait_for("record", 2)[-1] == {"type": "record", "on": False}
     fake_server.tell(recording=False)
