@@ -14,7 +14,7 @@ fi
 
 ruff check .
 ruff format --check .
-# One process a core, one thread a process: the models are tiny. Long tests first would be best; loadfile keeps the
-# fixtures of a file in one process.
+# One process a core, one thread a process: the models are tiny. loadfile keeps the fixtures of a file in one process;
+# tests/conftest.py has the slow files begin.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-python -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --durations 15 -m "not gpu" "$@"
+python -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations 15 -m "not gpu" "$@"

@@ -29,10 +29,10 @@ def test_program_explains_itself(program, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cwd", [ROOT, ROOT / "stage4"], ids=["root", "folder"])
-def test_program_starts_from_the_root_and_from_its_folder(cwd):
-    program = os.path.relpath(ROOT / "stage4" / "inference.py", cwd)
-    done = subprocess.run([sys.executable, program, "--help"], cwd=cwd, capture_output=True, text=True)
+def test_program_starts_from_its_folder():
+    done = subprocess.run(
+        [sys.executable, "inference.py", "--help"], cwd=ROOT / "stage4", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -2,8 +2,6 @@
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,14 +39,9 @@ def test_config_parses_and_states_type_and_meaning_of_each_setting(config):
 
 
 @pytest.mark.parametrize("config", REAL, ids=lambda c: f"{c.parts[-3]}-{c.stem}")
-def test_real_configs_dry_run_without_weights_or_data(config):
+def test_real_configs_dry_run_without_weights_or_data(config, run_program):
     """On a machine that has neither CogVideoX-2B nor the videos: the sizes are those of the 2B."""
-    done = subprocess.run(
-        [sys.executable, "-m", "common.tools.train", "--config", str(config), "--dry_run"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    model = json.loads(done.stdout)["model"]
+    model = json.loads(run_program("common/tools/train.py", "--config", config, "--dry_run"))["model"]
     with_control = config.parts[-3] != "stage1"
     assert model["parameters"] - (0 if with_control else model["trained parameters"]) == pytest.approx(
         2.0095e9 if with_control else 2.0095e9 - 315.8e6, rel=1e-3

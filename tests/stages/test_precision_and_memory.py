@@ -11,6 +11,8 @@ from common.config.errors import UserError
 from tests.stages.conftest import read_metrics
 from tests.stages.test_gradient_checkpointing import MODEL, loss_and_gradients
 
+pytestmark = pytest.mark.slow
+
 LEAN = [
     "--optimizer",
     "adamw_8bit",

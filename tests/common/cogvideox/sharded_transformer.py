@@ -1,4 +1,4 @@
-"""What test_context_parallel.py starts by torchrun: every process compares a shared transformer with one of its own.
+"""What test_context_parallel.py starts: every process compares a shared transformer with one of its own.
 
 sharded_transformer.py DEVICE [MODEL_PATH]: given a model, also with compiled blocks, its stream, and the benchmark.
 """

@@ -1,5 +1,6 @@
-"""One transformer over several processes against one process; real processes, by torchrun."""
+"""One transformer over several processes against one process; real processes."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from decord import VideoReader
 
 from common.cogvideox.context_parallel import refuse_degree
 from common.config.errors import UserError
+from tests.common.cogvideox import sharded_transformer
 
 pytestmark = pytest.mark.slow
 
-WORKER = "tests/common/cogvideox/sharded_transformer.py"
 ROOT = Path(__file__).parents[3]
 SIZE = ["--height", "32", "--width", "64", "--num_inference_steps", "4"]
 
@@ -33,24 +34,40 @@ def torchrun(processes: int, program: str, *words: object, gpus: str = "") -> st
     return done.stdout
 
 
+def as_by_torchrun(rank: int, environment: dict[str, str], *words: str) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    sharded_transformer.main(*words)
+
+
+def start(processes: int, port: int, *words: object) -> None:
+    """The worker in processes that are split off one which has imported everything: that takes longest."""
+    count = str(processes)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    place |= {"TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": ""}
+    multiprocessing.get_context("forkserver").set_forkserver_preload([sharded_transformer.__name__])
+    arguments = (place, *map(str, words))
+    torch.multiprocessing.start_processes(as_by_torchrun, arguments, processes, start_method="forkserver")
+
+
 def frames(path: Path) -> np.ndarray:
     """[N,h,w,3]"""
     reader = VideoReader(str(path))
     return reader.get_batch(range(len(reader))).asnumpy().astype(int)
 
 
-def test_two_processes_equal_one_also_compiled_and_are_measured_as_one(tiny_models):
-    torchrun(2, WORKER, "cpu", tiny_models / "stage3")
+def test_two_processes_equal_one_also_compiled_and_are_measured_as_one(tiny_models, free_port):
+    start(2, free_port, "cpu", tiny_models / "stage3")
 
 
-def test_three_processes_equal_one():
-    torchrun(3, WORKER, "cpu")
+def test_three_processes_equal_one(free_port):
+    start(3, free_port, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one(tiny_models):
-    torchrun(2, WORKER, "cuda", tiny_models / "stage3", gpus="0,1")
+    torchrun(2, "tests/common/cogvideox/sharded_transformer.py", "cuda", tiny_models / "stage3", gpus="0,1")
 
 
 def test_two_processes_stream_what_one_streams_and_say_it_once(run_program, tiny_models, tmp_path):

@@ -1,4 +1,4 @@
-"""A hundred times a server starts, a client drives, changes the prompt and records, and the server stops."""
+"""Thirty times a server starts, a client drives, changes the prompt and records, and the server stops."""
 
 import asyncio
 import ctypes
@@ -19,7 +19,7 @@ from common.serving.room import Room
 from common.serving.server import listen, make_server
 from tests.common.serving.live_server import Player
 
-CYCLES, WARM_UP = 100, 10
+CYCLES, WARM_UP = 30, 10
 # Memory in use, not the process's size (RSS): that grew by 30 to 190 KiB a cycle over the first hundred cycles and by
 # less than 12 over the last two hundred of four hundred, all of it free memory in glibc's arenas. Every cycle's threads
 # get one of these, and each grows until it has once held a whole shift; malloc_trim leaves the ends of them. Memory in
@@ -71,7 +71,7 @@ async def cycle(model, number):
 
 
 def held():
-    # FastAPI remembers every handler it has looked at, and with it the app, and typing remembers annotations: a hundred
+    # FastAPI remembers every handler it has looked at, and with it the app, and typing remembers annotations: many
     # apps are the test's own doing.
     for name, module in list(sys.modules.items()):
         for value in vars(module).values() if name.startswith("fastapi.") else ():
@@ -92,7 +92,7 @@ def held():
 
 
 @pytest.mark.slow
-def test_a_hundred_starts_and_stops_leak_no_thread_task_file_or_memory(tiny_world_model, tmp_path, monkeypatch):
+def test_many_starts_and_stops_leak_no_thread_task_file_or_memory(tiny_world_model, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
 

@@ -12,6 +12,8 @@ from common.tools import benchmark_training
 from common.training.random_batches import NUM_BATCHES, random_batches
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = "common/tools/benchmark_training.py"
 SIZE = ["--height_buckets", "32", "--width_buckets", "48", "--max_sequence_length", "16"]
 BRIEF = ["--steps", "3", "--warmup", "1", "--batch_size", "2"]

@@ -19,6 +19,8 @@ from common.tools.evaluate_models import LiveCommands, Model, generators_for, pl
 from data.miniworld.heldout import LEAD_IN, SceneSet, draw_scenes
 from data.miniworld.simulator import SIGNALS
 
+pytestmark = pytest.mark.slow
+
 BRIEF = "--num_videos 2 --num_frames 17 --stream_seconds 3 --minutes 0.17 --num_streams 2 --reference_drives 1"
 WORDS = [*BRIEF.split(), "--device", "cpu", "--seeds", "0"]
 
