@@ -64,7 +64,7 @@ def assert_same_weights(one, other, tolerance=0.0):
         torch.testing.assert_close(a[key], b[key], atol=tolerance, rtol=tolerance)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(toy_data, tmp_path):
+def test_killed_run_goes_on_from_its_last_checkpoint(toy_data, tmp_path, caplog):
     output_dir = tmp_path / "run"
     options = ["--max_train_steps", "12", "--checkpointing_steps", "2", "--dropout", "0.3"]
     run = Run(toy_data, output_dir, *options, "--dataloader_num_workers", "1", step_seconds=0.3)
@@ -75,9 +75,9 @@ def test_killed_run_goes_on_from_its_last_checkpoint(toy_data, tmp_path):
     reached = list_checkpoints(output_dir)[-1][0]
     assert 4 <= reached < 12
 
-    code, output = Run(toy_data, output_dir, *options).finish()
-    assert code == 0, output
-    assert f"resumed from {output_dir}/checkpoint-{reached}" in output
+    with caplog.at_level("INFO"):
+        train_here(toy_data, output_dir, max_train_steps=12, dropout=0.3, checkpointing_steps=2)
+    assert f"resumed from {output_dir}/checkpoint-{reached}" in caplog.text
     train_here(toy_data, tmp_path / "whole", max_train_steps=12, dropout=0.3)
     assert_same_weights(output_dir / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
     steps = [json.loads(line)["step"] for line in (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
