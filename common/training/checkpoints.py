@@ -37,7 +37,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 MAY_CHANGE = (
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
     "logging_steps", "dataloader_num_workers", "max_unreadable_share", "latent_cache_dir", "gradient_checkpointing",
-    "train_batch_size", "compile", "cuda_graph", "activation_budget",
+    "train_batch_size", "compile", "cuda_graph", "activation_budget", "gradient_reduction",
 )  # fmt: skip
 
 

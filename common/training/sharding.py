@@ -13,16 +13,21 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 
-def prepare_sharding(accelerator: Accelerator, module: nn.Module) -> None:
-    """To be called before `accelerator.prepare(module)`: changes accelerate's plan and the module's forward."""
+def prepare_sharding(accelerator: Accelerator, module: nn.Module, reduce_dtype: torch.dtype) -> None:
+    """To be called before `accelerator.prepare(module)`: changes accelerate's plan and the module's forward.
+
+    Args:
+        reduce_dtype: in which gradients travel and are added up.
+    """
     plugin = accelerator.state.fsdp_plugin
     present = {type(part).__name__ for part in module.modules()}
     plugin.transformer_cls_names_to_wrap = [n for n in plugin.transformer_cls_names_to_wrap or [] if n in present]
-    if accelerator.mixed_precision == "bf16":
-        # Weights travel in bf16, in which they are used; gradients are added up in the masters' float32.
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    is_bf16 = accelerator.mixed_precision == "bf16"
+    # Weights travel in bf16 where they are used so.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if is_bf16 else None, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    if is_bf16:
         autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
         module.forward = convert_outputs_to_fp32(autocast(module.forward))
 

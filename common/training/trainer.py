@@ -9,24 +9,21 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.config.errors import UserError, is_out_of_memory
 from common.data.loader import build_train_loader, build_validation_batch
+from common.training.accelerator import build_accelerator
 from common.training.checkpoints import find_checkpoint, read_state
 from common.training.encoding import EncodedBatch
 from common.training.export import is_finished
@@ -96,22 +93,8 @@ class Trainer:
 
     def set_up(self, checkpoint: Path | None, control: list[str] | None) -> None:
         """Processes, models, log, and data from the checkpoint's step on."""
-        settings, on_gpu = self.settings, torch.cuda.is_available()
-        # torch 2.13 has another name for it, which the oldest torch that we run on does not know.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        self.accelerator = accelerator = Accelerator(
-            cpu=not on_gpu,
-            # A CPU computes in float32 unless the weights are of less.
-            mixed_precision=settings.mixed_precision if on_gpu or settings.trained_weights == "bfloat16" else "no",
-            log_with=None if settings.report_to == "none" else settings.report_to,
-            project_dir=str(self.output_dir / "logs"),
-            kwargs_handlers=[
-                # No buffer of a transformer changes in training.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                # The others wait while one process writes a checkpoint, perhaps to a slow disk.
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-            ],
-        )
+        settings = self.settings
+        self.accelerator = accelerator = build_accelerator(settings)
         # Data first: what is wrong with them is said before anything is loaded or written.
         step = 0 if checkpoint is None else read_state(checkpoint)["step"]
         self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)

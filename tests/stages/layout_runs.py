@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from common.config.loader import load_settings
+from common.training import accelerator as accelerator_module
 from common.training import trainer
 from common.training.sharding import local_part
 
@@ -55,13 +56,13 @@ def share_held_here(module: torch.nn.Module) -> float:
 
 def main(plan: Path) -> None:
     let_accelerate_shard_on_a_cpu()
-    accelerator = trainer.Accelerator
+    accelerator = accelerator_module.Accelerator
     shares = []
     for run in json.loads(plan.read_text()):
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ["ACCELERATE_USE_FSDP"] = str(run["layout"] == "fsdp2").lower()
         # Of itself the trainer takes bf16 on GPUs alone.
-        trainer.Accelerator = lambda mixed_precision, _run=run, **more: accelerator(
+        accelerator_module.Accelerator = lambda mixed_precision, _run=run, **more: accelerator(
             mixed_precision=_run["mixed_precision"], **more
         )
         settings = load_settings(run["config"], run["words"])

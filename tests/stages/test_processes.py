@@ -50,6 +50,9 @@ class Runs:
             more = ["--max_train_steps", str(LAYOUTS[layout]), "--validation_steps", "0", "--optimizer", "adamw_8bit"]
             self._add(3, f"{layout} 8bit", *more, "--resume_from_checkpoint", previous)
 
+        more = ["--max_train_steps", "2", "--validation_steps", "0", "--gradient_reduction", "bfloat16"]
+        self._add(3, "fsdp2 rounded", *more)
+
     def output_dir(self, stage: int, name: str) -> Path:
         return self.root / f"stage{stage} {name}"
 
@@ -194,6 +197,11 @@ def test_a_lora_over_one_base_is_trained_alike_and_leaves_what_streams(runs, run
         size = ["--height", "32", "--width", "64", "--control", "D*17", "--prompt", PROMPT, "--output", str(video)]
         run_program("stage4/inference.py", "--model_path", runs.output_dir(4, layout), *size)
         assert video.stat().st_size > 0
+
+
+def test_gradients_that_travel_in_bfloat16_are_rounded_and_no_more(runs):
+    exact, rounded = (logged(runs.output_dir(3, name), "grad_norm") for name in ("ddp", "fsdp2 rounded"))
+    assert rounded == pytest.approx(exact, rel=1e-3) and rounded != pytest.approx(exact, rel=1e-6)
 
 
 def test_float8_moments_go_from_ddp_to_fsdp2(runs):
