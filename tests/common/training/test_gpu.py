@@ -48,10 +48,16 @@ def test_bf16_run_learns_in_float32_weights_and_logs_mfu(one_gpu):
 
 
 @two_gpus
-@pytest.mark.parametrize("accelerate_config", ["", FSDP2], ids=["ddp", "fsdp2"])
-def test_two_gpus_interrupted_train_like_one_with_twice_the_batch(toy_data, tmp_path, one_gpu, accelerate_config):
+@pytest.mark.parametrize(
+    ("accelerate_config", "reduction"),
+    [("", "float32"), ("", "bfloat16"), (FSDP2, "float32")],
+    ids=["ddp", "ddp in bf16", "fsdp2"],
+)
+def test_two_gpus_interrupted_train_like_one_with_twice_the_batch(
+    toy_data, tmp_path, one_gpu, accelerate_config, reduction
+):
     for last in ("5", "10"):  # the second run resumes
-        options = ["--train_batch_size", "2", "--max_train_steps", last]
+        options = ["--train_batch_size", "2", "--max_train_steps", last, "--gradient_reduction", reduction]
         lines = launch(toy_data, tmp_path, "0,1", *options, accelerate_config=accelerate_config)
     # bf16 sums in another order; without AdamW's moments the resumed losses are off by more.
     assert losses(lines) == pytest.approx(losses(one_gpu[1]), rel=2e-2)
