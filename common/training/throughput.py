@@ -80,30 +80,41 @@ def forward_flops(config, latent_shape: Sequence[int], text_tokens: int) -> floa
     time_embed = 2 * (dim * time_dim + time_dim**2)
     modulation = 2 * 2 * time_dim * 6 * dim  # two adaptive norms a layer
     linear = 2 * tokens * dim**2 * (4 + 8)  # q, k, v, out and the two of the feed-forward
-    attention = 4 * tokens**2 * dim
     head = 2 * time_dim * 2 * dim + 2 * video * dim * patch**2 * config.out_channels
-    total = embed + time_embed + config.num_layers * (modulation + linear + attention) + head
+    total = embed + time_embed + config.num_layers * (modulation + linear) + head
 
     control_dim = getattr(config, "control_dim", None)
     if control_dim is not None:
         layers = config.control_end_layer - config.control_start_layer
-        block = 4 * video * dim**2 + 4 * frames * dim**2 + 4 * video * frames * dim + 2 * time_dim * 6 * dim
+        block = 4 * video * dim**2 + 4 * frames * dim**2 + 2 * time_dim * 6 * dim
         total += layers * block + 2 * frames * (control_dim**2 + control_dim * dim + dim**2)
+    return batch * total + attention_flops(config, latent_shape, text_tokens)
+
+
+def attention_flops(config, latent_shape: Sequence[int], text_tokens: int) -> float:
+    """Those of `forward_flops` in products of activations with each other: scores, and the sums of values."""
+    batch, frames, _, height, width = latent_shape
+    dim = config.num_attention_heads * config.attention_head_dim
+    video = frames * (height // config.patch_size) * (width // config.patch_size)
+    total = config.num_layers * 4 * (video + text_tokens) ** 2 * dim
+    if getattr(config, "control_dim", None) is not None:
+        total += (config.control_end_layer - config.control_start_layer) * 4 * video * frames * dim
     return float(batch * total)
 
 
 def training_flops(module: nn.Module, latent_shape: Sequence[int], text_tokens: int) -> float | None:
     """Operations of a forward and its backward, without gradient checkpointing's recomputation (the M in MFU).
 
-    The backward costs one forward for the activations and one for the weights; of the latter only the trained share is
-    done. None if `module` has no CogVideoX config.
+    The backward of a product is two: a gradient for either factor. Of weights only the trained share has one;
+    attention has no weights. None if `module` has no CogVideoX config.
     """
     config = getattr(module, "config", None)
     if config is None or getattr(config, "patch_size_t", None) is not None or not hasattr(config, "time_embed_dim"):
         return None
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     trained_share = sum(n for n, trained in sizes if trained) / max(sum(n for n, _ in sizes), 1)
-    return forward_flops(config, latent_shape, text_tokens) * (2 + trained_share)
+    attention = attention_flops(config, latent_shape, text_tokens)
+    return (forward_flops(config, latent_shape, text_tokens) - attention) * (2 + trained_share) + 3 * attention
 
 
 class StepClock:

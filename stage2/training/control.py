@@ -23,7 +23,7 @@ from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
 from common.training.controlled_objective import ControlledObjective, ControlledSettings, check_validation_control
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
-from common.training.throughput import forward_flops
+from common.training.throughput import attention_flops, forward_flops
 
 # What CLIP is told about each signal, unless `control_sentences_file` brings other sentences.
 SENTENCES = {
@@ -145,11 +145,11 @@ class ControlObjective(ControlledObjective):
         return self.velocity_error(prediction, batch.latents, noise, timesteps).mean()
 
     def step_flops(self, batch: EncodedBatch) -> float:
-        """Below the first control block nothing is trained, so the backward ends there."""
+        """Before the first control block, which follows its layer, nothing is trained: the backward ends there."""
         config = self.plain_module.config
-        forward = forward_flops(config, batch.latents.shape, batch.prompt_embeds.shape[1])
-        without_backward = forward * config.control_start_layer / config.num_layers
-        return super().step_flops(batch) - without_backward
+        sizes = config, batch.latents.shape, batch.prompt_embeds.shape[1]
+        backward = forward_flops(*sizes) + attention_flops(*sizes)
+        return super().step_flops(batch) - backward * (config.control_start_layer + 1) / config.num_layers
 
     def export(self, output_dir: Path) -> None:
         parts = {"transformer": self.plain_module, "control_vocabulary": self.vocabulary}

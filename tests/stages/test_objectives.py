@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.cogvideox import noise_schedule
 from common.cogvideox.control_adapter import ControlVocabulary
@@ -244,3 +246,14 @@ def test_control_and_caption_are_dropped_independently(tiny_models, batch):
     assert no_text.float().mean().item() == pytest.approx(0.3, abs=0.07)
     assert no_control.float().mean().item() == pytest.approx(0.3, abs=0.07)
     assert (no_text & no_control).float().mean().item() == pytest.approx(0.09, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"), [(1, ["--rank", "2"]), (2, []), (3, []), (4, []), (4, ["--rank", "2"])]
+)
+def test_operations_of_a_step_are_what_torchs_counter_counts(tiny_base, tiny_models, batch, stage, overrides):
+    objective = load(stage, tiny_base if stage < 3 else tiny_models / f"stage{stage - 1}", *overrides)
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the counter knows no CPU flash attention
+        objective.loss(batch, SampleRandom(0, 0, range(B)))[0].backward()
+    assert objective.step_flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.05)

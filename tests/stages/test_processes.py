@@ -52,6 +52,7 @@ class Runs:
 
         more = ["--max_train_steps", "2", "--validation_steps", "0", "--gradient_reduction", "bfloat16"]
         self._add(3, "fsdp2 rounded", *more)
+        self._add(3, "fsdp2 compiled", *more[:4], "--compile", "True", "--gradient_checkpointing", "2")
 
     def output_dir(self, stage: int, name: str) -> Path:
         return self.root / f"stage{stage} {name}"
@@ -197,6 +198,12 @@ def test_a_lora_over_one_base_is_trained_alike_and_leaves_what_streams(runs, run
         size = ["--height", "32", "--width", "64", "--control", "D*17", "--prompt", PROMPT, "--output", str(video)]
         run_program("stage4/inference.py", "--model_path", runs.output_dir(4, layout), *size)
         assert video.stat().st_size > 0
+
+
+def test_sharded_blocks_are_compiled_and_compute_the_same(runs):
+    for name in ("loss", "grad_norm"):
+        plain, compiled = (logged(runs.output_dir(3, layout), name) for layout in ("ddp", "fsdp2 compiled"))
+        assert compiled == pytest.approx(plain, rel=1e-5)
 
 
 def test_gradients_that_travel_in_bfloat16_are_rounded_and_no_more(runs):
