@@ -105,7 +105,7 @@ def update(
     Args:
         state: of each moment in MOMENTS the codes and "NAME_scale"; of a vector's the moment itself.
         bounded: no row's step is larger, as a root mean square, than the rate. After StableAdamW (arXiv 2304.13013),
-            which bounds whole tensors.
+            which bounds whole tensors, and by the newest gradient alone: the step after an outlier has a small one.
         seed: the kernel's; here PyTorch's global generator draws.
     """
     weights, gradient = (rows(tensor).float() for tensor in (parameter, gradient))
@@ -114,13 +114,13 @@ def update(
     write_moment(state, "exp_avg", first)
     write_moment(state, "exp_avg_sq", second)
     variance = second / numbers.correction2
-    rate = torch.full_like(weights[:, :1], numbers.rate)
-    if bounded:
-        rms = (gradient.square() / variance.clamp(min=numbers.eps**2)).mean(dim=1, keepdim=True).sqrt()
-        rate /= rms.clamp(min=1)
     step = first / numbers.correction1 / (variance.sqrt() + numbers.eps)
     # Where gradients are some 1e-5 of their row's largest, the second moment is often rounded to nothing.
     step = step.clamp(-numbers.largest, numbers.largest)
+    rate = torch.full_like(weights[:, :1], numbers.rate)
+    if bounded:
+        ratio = (gradient.square() / variance.clamp(min=numbers.eps**2)).mean(dim=1, keepdim=True)
+        rate /= ratio.maximum(step.square().mean(dim=1, keepdim=True)).sqrt().clamp(min=1)
     weights = weights * (1 - rate * numbers.decay) - rate * step
     if parameter.dtype != torch.float32:
         weights = round_stochastically(weights, parameter.dtype)

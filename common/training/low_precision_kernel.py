@@ -89,12 +89,13 @@ def _update_row(
         tl.store(first + at, mean, mask=inside)
         tl.store(second + at, square, mask=inside)
     variance = square / correction2
-    if BOUNDED:
-        ratio = gradient * gradient / tl.maximum(variance, eps * eps)
-        rate /= tl.maximum(tl.sqrt(tl.sum(ratio, axis=0) / width), 1.0)
-    weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
     step = (mean / correction1) / (tl.sqrt(variance) + eps)
     step = tl.minimum(tl.maximum(step, -largest), largest)
+    if BOUNDED:
+        ratio = gradient * gradient / tl.maximum(variance, eps * eps)
+        most = tl.maximum(tl.sum(ratio, axis=0), tl.sum(step * step, axis=0))
+        rate /= tl.maximum(tl.sqrt(most / width), 1.0)
+    weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
     weight = weight * (1 - rate * decay) - rate * step
     if ROUNDED:
         weight = _round(weight, draw, MW, SW)

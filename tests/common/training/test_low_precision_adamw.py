@@ -197,6 +197,21 @@ def test_an_outlier_moves_a_weight_no_further_than_the_rate():
     assert moved < 1.05 * OPTIONS["lr"]
 
 
+@pytest.mark.parametrize(
+    ("beta2", "gradients"),
+    [(0.95, [*(1.055**step for step in range(60)), 18.0, 13.0, 9.0]), (0.999, [*[1.0] * 300, 1e4, 1.0, 0.0])],
+)
+def test_a_step_after_large_gradients_is_no_larger_than_the_rate_either(beta2, gradients):
+    """By then the gradient is small again, and the first moment still large."""
+    weight = nn.Parameter(torch.zeros(4, 32))
+    options = OPTIONS | {"betas": (0.9, beta2), "weight_decay": 0.0}
+    LowPrecisionAdamW([weight], **options).step_in_backward()
+    for gradient in gradients:
+        before = weight.detach().clone()
+        (weight * gradient).sum().backward()
+        assert (weight.detach() - before).square().mean(dim=1).sqrt().max() <= 1.001 * OPTIONS["lr"]
+
+
 def test_saved_moments_are_restored_bit_for_bit():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 8)).to(torch.bfloat16)

@@ -60,13 +60,14 @@ def every_code_is_read_and_written_as_pytorch_does() -> None:
 
 def no_step_is_larger_than_adamws_largest() -> None:
     """Here the first moment is there and the second is rounded away."""
-    weight = torch.zeros(1, 32)
-    state = new_state(weight)
-    state["exp_avg"].fill_(1.0)
-    state["exp_avg_scale"].fill_(1.0)
     numbers = Numbers.of_step(50, 1.0, 0.0, (0.9, 0.95), 1e-8)
-    update_on_gpu(weight, torch.zeros_like(weight), state, numbers, False, 3)
-    torch.testing.assert_close(weight, torch.full_like(weight, -numbers.largest))
+    for bounded, largest in ((False, numbers.largest), (True, 1.0)):
+        weight = torch.zeros(1, 30)
+        state = new_state(weight)
+        state["exp_avg"].fill_(1.0)
+        state["exp_avg_scale"].fill_(1.0)
+        update_on_gpu(weight, torch.zeros_like(weight), state, numbers, bounded, 3)
+        torch.testing.assert_close(weight, torch.full_like(weight, -largest))
 
 
 def bfloat16_weights_move_as_float64_on_average() -> None:
