@@ -70,9 +70,9 @@ def largest_step(beta1: float, beta2: float, step: int) -> float:
     By Cauchy and Schwarz √(Σ wᵢ²/uᵢ), where wᵢ and uᵢ are the shares that the i-th last gradient has in m̂ and v̂: 1 in
     the first step, 1.17 in the end for β = (.9, .95).
     """
-    ratio = beta1**2 / beta2
-    if ratio >= 1:
+    if beta1**2 >= beta2:
         return math.inf  # it grows with every step
+    ratio = beta1**2 / beta2
     terms = (1 - ratio**step) / (1 - ratio)
     return (1 - beta1) / (1 - beta1**step) * ((1 - beta2**step) / (1 - beta2) * terms) ** 0.5
 
