@@ -19,9 +19,17 @@ from common.training.sharding import prepare_sharding, shard_frozen
 
 logger = logging.getLogger(__name__)
 
+# Parameters, moments and checkpoints would be read as whole where each process has a part.
+UNKNOWN_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
 
 def check_layout(settings: Any, accelerator: Accelerator) -> None:
-    """SettingError for what these processes cannot do, before anything is loaded."""
+    """UserError for what these processes cannot do, before anything is loaded."""
+    if accelerator.distributed_type in UNKNOWN_SHARDING and not accelerator.is_fsdp2:
+        raise UserError(
+            f"ACCELERATE_CONFIG_FILE: {accelerator.distributed_type.value} is not supported, but FSDP with "
+            "fsdp_version: 2 (accelerate's default is 1); take scripts/accelerate/fsdp2.yaml, or ddp.yaml there"
+        )
     if settings.cuda_graph and accelerator.num_processes > 1:
         raise SettingError("cuda_graph", f"is for one process, here are {accelerator.num_processes}")
     if settings.step_in_backward and accelerator.distributed_type != DistributedType.NO:

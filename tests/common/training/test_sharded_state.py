@@ -149,6 +149,14 @@ def test_what_the_processes_cannot_do_is_refused_before_anything_is_loaded(chang
     check_layout(settings, SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO, is_fsdp2=False))
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_layout_whose_shards_would_be_taken_for_whole_weights_is_refused(kind):
+    """FSDP without fsdp_version in a config of the user's is FSDP1, whose checkpoints would hold one process's part."""
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType(kind), is_fsdp2=False)
+    with pytest.raises(UserError, match=f"ACCELERATE_CONFIG_FILE: {kind} .*fsdp_version: 2.*fsdp2.yaml"):
+        check_layout(TrainingSettings(), accelerator)
+
+
 @pytest.mark.parametrize("shape", [(0, 7), (0,)])
 def test_a_process_that_holds_no_row_of_a_weight_steps_with_the_others(shape):
     """As FSDP2 leaves it of a weight with fewer rows than there are processes: a LoRA of rank 4 on 8 GPUs."""
