@@ -1,8 +1,10 @@
 """Stage 4 with a LoRA as student: three roles over one base, each computes what a model of its own would."""
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 
 from common.cogvideox.pipeline_io import load_component
@@ -195,6 +197,17 @@ def test_the_exported_model_is_the_target(base, batch, tmp_path):
     objective.export(tmp_path)
     torch.testing.assert_close(output_of(objective, load_component(tmp_path, "transformer"), batch), expected)
     assert torch.equal(output_of(objective, objective.target, batch), expected)  # which stays as it was
+
+
+def test_factors_are_not_added_to_a_base_that_was_trained_anew_meanwhile(base, tmp_path):
+    replaced = tmp_path / "stage3"
+    shutil.copytree(base, replaced)
+    objective = load(replaced)
+    weights = replaced / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="stage3, whose transformer has changed since"):
+        objective.export(tmp_path / "stage4")
+    assert not (tmp_path / "stage4").exists()
 
 
 def test_a_sample_video_is_of_the_target(base):
