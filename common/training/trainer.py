@@ -246,6 +246,7 @@ class Trainer:
         s = self.settings
         hints = [f"lower train_batch_size (now {s.train_batch_size})"] if s.train_batch_size > 1 else []
         hints += [] if s.gradient_checkpointing is True else ["set gradient_checkpointing = True"]
+        hints += [] if s.optimizer == "adamw_8bit" else ["train anew with optimizer = 'adamw_8bit'"]
         hints += (
             [] if s.latent_cache_dir else ["encode the videos once (common.tools.precompute), set latent_cache_dir"]
         )

@@ -201,6 +201,13 @@ def test_validation_is_the_same_for_every_batch_size_and_writes_videos(toy_data,
     assert image.step == 4 and image.encoded_image_string.startswith(b"GIF89a")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_out_of_memory_names_the_optimizer_that_takes_less(toy_data, tmp_path, optimizer):
+    with pytest.raises(UserError, match="out of memory") as error:
+        train(toy_data, tmp_path, accident={"out_of_memory_step": 1}, optimizer=optimizer)
+    assert ("optimizer = 'adamw_8bit'" in str(error.value)) == (optimizer == "adamw")
+
+
 def test_run_killed_before_its_first_checkpoint_logs_step_0_once(toy_data, tmp_path):
     with pytest.raises(UserError, match="out of memory"):
         train(toy_data, tmp_path, accident={"out_of_memory_step": 3}, validation_steps=4)
