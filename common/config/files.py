@@ -24,3 +24,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def replace_text(path: str | os.PathLike, text: str) -> None:
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a directory's list of names, would survive the machine's going down."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

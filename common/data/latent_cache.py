@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.config.errors import UserError
-from common.config.files import replace_text
+from common.config.files import flush_to_disk, replace_text
 from common.data.buckets import Bucket
 from common.data.dataset import clip_identity
 from common.data.fingerprint import VideoStamp, differences, is_current
@@ -175,6 +175,7 @@ class LatentCacheWriter:
         shard = f"shard-{secrets.token_hex(8)}.safetensors"
         partial = self.directory / f"{shard}.tmp"
         save_file(self._tensors, partial)
+        flush_to_disk(partial)  # before the index names it, which SQLite writes through
         partial.replace(self.directory / shard)
         self.index.execute("BEGIN IMMEDIATE")
         for statement, (key, *values) in self._rows:

@@ -25,10 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config.errors import UserError
+from common.config.files import flush_to_disk
 from common.data.fingerprint import component_digest
 from common.training.optimizers import ENDLESS_SCHEDULES
 
 NAME = re.compile(r"checkpoint-(\d+)")
+DIGEST_FORMAT = 2  # of the base: since files are hashed whole up to 1 GiB
 
 # What a resumed run may do otherwise than the run that wrote the checkpoint: none of it changes what is learnt.
 # Everything that begins with "validation_" belongs here too, except validation_index_file, on which it depends what is
@@ -151,14 +153,6 @@ def delete_directory(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_same_run(where: Path, saved: dict[str, Any], settings: Any) -> None:
     """Refuses to continue in `where` with settings that would train something else, naming each of them.
 
@@ -183,7 +177,7 @@ def base_digest(settings: Any) -> str | None:
     It costs reading 1 GB of a file at most (see fingerprint.py), whatever the model's size.
     """
     transformer = Path(settings.pretrained_model_name_or_path) / "transformer"
-    return component_digest(transformer) if transformer.is_dir() else None
+    return f"{DIGEST_FORMAT}:{component_digest(transformer)}" if transformer.is_dir() else None
 
 
 def check_same_base(where: Path, saved: dict[str, Any], digest: str | None, settings: Any) -> None:
@@ -193,7 +187,8 @@ def check_same_base(where: Path, saved: dict[str, Any], digest: str | None, sett
         saved: holds "base", the digest when the run that wrote `where` started.
         digest: now.
     """
-    if saved.get("base") != digest and None not in (saved.get("base"), digest):
+    before, now = ((text or "").partition(":") for text in (saved.get("base"), digest))
+    if before != now and before[0] == now[0]:  # an earlier version's cannot be compared
         raise UserError(
             f"{where} was trained from {settings.pretrained_model_name_or_path}, whose transformer has changed since; "
             f"to train anew remove {settings.output_dir} or choose another output_dir"

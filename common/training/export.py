@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.training.checkpoints import base_digest, check_same_base, check_same_run, flush_to_disk
+from common.config.files import flush_to_disk
+from common.training.checkpoints import base_digest, check_same_base, check_same_run
 from common.training.objective import Objective
 
 MARK = "training_finished.json"

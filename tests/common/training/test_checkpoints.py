@@ -179,6 +179,10 @@ def test_base_that_was_trained_anew_is_noticed_by_finished_and_by_resumed_runs(t
             run(tmp_path / "new", 3)
         (tmp_path / "new" / "run" / "training_finished.json").unlink(missing_ok=True)
 
+    state = tmp_path / "new" / "run" / "checkpoint-3" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"base": "as an earlier version hashed it"}))
+    run(tmp_path / "new", 4)
+
 
 def test_weights_of_another_model_are_refused(toy_data, tmp_path):
     train(toy_settings(toy_data, tmp_path, max_train_steps=2))
