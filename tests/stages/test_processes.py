@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 STAGES = (1, 2, 3, 4)
 LAYOUTS = {"ddp": 2, "fsdp2": 4, "ddp again": 6}  # each goes on from the checkpoint of the one before: its last step
 BF16_STAGES = (1, 2, 4)  # those that have frozen weights, of another type than the trained ones
-MOST = 1000  # steps from one validation to the next: there is one at the end
+MOST = 1000  # steps from one validation or checkpoint to the next: there is one at the end
 LORA = ("--rank", "8", "--max_train_steps", "2", "--validation_steps", "0")  # of stage 4
 PROMPT = "A red car drives along a sandy desert road."
 
@@ -70,6 +70,7 @@ class Runs:
         words += ["--control_end_layer", "3"] if stage == 2 else []
         words += ["--frame_buckets", "17", *(["--validation_control", "D*17"] if stage > 1 else [])]
         words += ["--lr_scheduler", "constant_with_warmup", "--num_validation_clips", "1", "--max_grad_norm", "0.1"]
+        words += ["--checkpointing_steps", str(MOST)]
         return [
             *words,
             "--validation_prompts",
