@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -65,10 +66,17 @@ def measured_product(device: torch.device) -> dict[str, int | str | float]:
     return {"size": size, "dtype": str(dtype).removeprefix("torch."), "flops_per_s": 2 * size**3 / seconds}
 
 
-def forward_flops(config, latent_shape: Sequence[int], text_tokens: int) -> float:
-    """Operations of one forward of a CogVideoX transformer on latents [B, F, C, H, W] and L text tokens.
+class Operations(NamedTuple):
+    """Of one forward: in products with weights, and in attention's products of activations with each other."""
 
-    Counts matrix products and attention, two operations per multiply-add, as torch.utils.flop_counter does.
+    weights: float
+    attention: float
+
+
+def forward_operations(config, latent_shape: Sequence[int], text_tokens: int) -> Operations:
+    """One forward of a CogVideoX transformer on latents [B, F, C, H, W] and L text tokens.
+
+    Two operations per multiply-add, as torch.utils.flop_counter counts.
     """
     batch, frames, channels, height, width = latent_shape
     patch, time_dim = config.patch_size, config.time_embed_dim
@@ -81,25 +89,21 @@ def forward_flops(config, latent_shape: Sequence[int], text_tokens: int) -> floa
     modulation = 2 * 2 * time_dim * 6 * dim  # two adaptive norms a layer
     linear = 2 * tokens * dim**2 * (4 + 8)  # q, k, v, out and the two of the feed-forward
     head = 2 * time_dim * 2 * dim + 2 * video * dim * patch**2 * config.out_channels
-    total = embed + time_embed + config.num_layers * (modulation + linear) + head
+    weights = embed + time_embed + config.num_layers * (modulation + linear) + head
+    attention = config.num_layers * 4 * tokens**2 * dim
 
     control_dim = getattr(config, "control_dim", None)
     if control_dim is not None:
         layers = config.control_end_layer - config.control_start_layer
         block = 4 * video * dim**2 + 4 * frames * dim**2 + 2 * time_dim * 6 * dim
-        total += layers * block + 2 * frames * (control_dim**2 + control_dim * dim + dim**2)
-    return batch * total + attention_flops(config, latent_shape, text_tokens)
+        weights += layers * block + 2 * frames * (control_dim**2 + control_dim * dim + dim**2)
+        attention += layers * 4 * video * frames * dim
+    return Operations(float(batch * weights), float(batch * attention))
 
 
-def attention_flops(config, latent_shape: Sequence[int], text_tokens: int) -> float:
-    """Those of `forward_flops` in products of activations with each other: scores, and the sums of values."""
-    batch, frames, _, height, width = latent_shape
-    dim = config.num_attention_heads * config.attention_head_dim
-    video = frames * (height // config.patch_size) * (width // config.patch_size)
-    total = config.num_layers * 4 * (video + text_tokens) ** 2 * dim
-    if getattr(config, "control_dim", None) is not None:
-        total += (config.control_end_layer - config.control_start_layer) * 4 * video * frames * dim
-    return float(batch * total)
+def forward_flops(config, latent_shape: Sequence[int], text_tokens: int) -> float:
+    """All of `forward_operations`."""
+    return sum(forward_operations(config, latent_shape, text_tokens))
 
 
 def training_flops(module: nn.Module, latent_shape: Sequence[int], text_tokens: int) -> float | None:
@@ -113,8 +117,8 @@ def training_flops(module: nn.Module, latent_shape: Sequence[int], text_tokens: 
         return None
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     trained_share = sum(n for n, trained in sizes if trained) / max(sum(n for n, _ in sizes), 1)
-    attention = attention_flops(config, latent_shape, text_tokens)
-    return (forward_flops(config, latent_shape, text_tokens) - attention) * (2 + trained_share) + 3 * attention
+    forward = forward_operations(config, latent_shape, text_tokens)
+    return forward.weights * (2 + trained_share) + 3 * forward.attention
 
 
 class StepClock:

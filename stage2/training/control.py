@@ -23,7 +23,7 @@ from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
 from common.training.controlled_objective import ControlledObjective, ControlledSettings, check_validation_control
 from common.training.encoding import EncodedBatch
 from common.training.random import SampleRandom
-from common.training.throughput import attention_flops, forward_flops
+from common.training.throughput import forward_operations
 
 # What CLIP is told about each signal, unless `control_sentences_file` brings other sentences.
 SENTENCES = {
@@ -147,8 +147,8 @@ class ControlObjective(ControlledObjective):
     def step_flops(self, batch: EncodedBatch) -> float:
         """Before the first control block, which follows its layer, nothing is trained: the backward ends there."""
         config = self.plain_module.config
-        sizes = config, batch.latents.shape, batch.prompt_embeds.shape[1]
-        backward = forward_flops(*sizes) + attention_flops(*sizes)
+        forward = forward_operations(config, batch.latents.shape, batch.prompt_embeds.shape[1])
+        backward = forward.weights + 2 * forward.attention
         return super().step_flops(batch) - backward * (config.control_start_layer + 1) / config.num_layers
 
     def export(self, output_dir: Path) -> None:
