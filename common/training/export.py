@@ -46,12 +46,15 @@ def export_pipeline(
     settings: Any,
     base: str | None,
 ) -> None:
-    """Calls `objective.export` with an unwrapped module, then writes the mark.
+    """Calls `objective.export` with an unwrapped module, then writes the mark. UserError if what is exported would be
+    added to another base than the run started from.
 
     Args:
         objective: its weights are whole.
         base: digest of the weights that the run started from, for the mark.
     """
+    if objective.adds_to_base:
+        check_same_base(output_dir, {"base": base}, base_digest(settings), settings)
     mark = output_dir / MARK
     mark.unlink(missing_ok=True)  # of a shorter run that this one prolongs
     objective.module = objective.plain_module

@@ -33,6 +33,7 @@ class Objective(ABC):
 
     Attributes:
         needs_control: the data must carry control signals.
+        adds_to_base: what is exported is the base's weights, read once more, and what was learnt added to them.
         module: THE trainable module. `requires_grad` marks what is trained; that is in the type of `trained_weights`,
             all else in the compute dtype. The trainer wraps it for several processes and puts the wrapped one back
             here: call it as it is in `loss`; use `plain_module` where its class or its config matter.
@@ -40,6 +41,7 @@ class Objective(ABC):
     """
 
     needs_control: bool = False
+    adds_to_base: bool = False
     module: nn.Module
     encoder: LatentEncoder
 

@@ -9,7 +9,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from common.cogvideox.compilation import compile_blocks
 from common.cogvideox.pipeline_io import load_component
-from common.training.checkpoints import base_digest, check_same_base
 from common.training.lora import add_lora_factors
 from stage4.training.scm import SCMObjective
 
@@ -79,6 +77,7 @@ class LoraSCMObjective(SCMObjective):
     """The roles of stage 4 over one transformer, whose adapters are switched from forward to forward."""
 
     trains_base = False  # so it is held in the compute type
+    adds_to_base = True
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         add_lora_factors(transformer, self.settings, STUDENT)
@@ -87,7 +86,6 @@ class LoraSCMObjective(SCMObjective):
     def make_roles(self) -> None:
         """Both roles are the plain transformer, while the student is called through DDP's wrapper."""
         module = self.module
-        self.base_digest = base_digest(self.settings)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that the model has an adapter is meant
             module.add_adapter(module.peft_config[STUDENT], TARGET)
@@ -110,9 +108,7 @@ class LoraSCMObjective(SCMObjective):
     @torch.no_grad()
     def exported(self) -> nn.Module:
         """The base with the target's factors added to its weights: on the CPU, and in float32, of which the base in use
-        may be a rounded copy. UserError if it is not the base any more that they were trained on."""
-        settings = self.settings
-        check_same_base(Path(settings.output_dir), {"base": self.base_digest}, base_digest(settings), settings)
+        may be a rounded copy."""
         transformer = load_component(self.base_dir, "transformer")
         for name, layer in lora_layers(self.plain_module).items():
             transformer.get_submodule(name).weight += layer.get_delta_weight(TARGET).cpu()
