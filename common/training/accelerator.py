@@ -9,10 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-# DDP averages gradients in pieces of so many MB while the backward pass goes on. PyTorch's 25 make three hundred of the
-# 2B model's, each too small to fill the link between GPUs.
-BUCKET_MB = 200
-
 
 def build_accelerator(settings: Any) -> Accelerator:
     on_gpu = torch.cuda.is_available()
@@ -29,7 +25,6 @@ def build_accelerator(settings: Any) -> Accelerator:
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,  # no buffer of a transformer changes in training
                 gradient_as_bucket_view=True,
-                bucket_cap_mb=BUCKET_MB,
                 comm_hook=DDPCommunicationHookType.BF16 if is_rounded else DDPCommunicationHookType.NO,
             ),
             # The others wait while one process writes a checkpoint, perhaps to a slow disk.

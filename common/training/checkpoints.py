@@ -32,7 +32,8 @@ from common.training.optimizers import ENDLESS_SCHEDULES
 NAME = re.compile(r"checkpoint-(\d+)")
 DIGEST_FORMAT = 2  # of the base: since files are hashed whole up to 1 GiB
 
-# What a resumed run may do otherwise than the run that wrote the checkpoint: none of it changes what is learnt.
+# What a resumed run may do otherwise than the run that wrote the checkpoint: none of it changes what is learnt, but for
+# rounding.
 # Everything that begins with "validation_" belongs here too, except validation_index_file, on which it depends what is
 # held out of training. max_train_steps may change as long as the learning rate does not depend on it.
 # train_batch_size may change with the number of processes: their product is compared.
