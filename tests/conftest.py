@@ -42,10 +42,10 @@ def _single_thread():
 
 
 @pytest.fixture
-def traced(monkeypatch, request):
-    """Has compiled modules run by a backend that only traces (the parameter): making C++ of them would take minutes."""
+def traced(monkeypatch):
+    """Has compiled modules run by a backend that only traces: making C++ of them would take minutes."""
     compile_ = torch.nn.Module.compile
-    quick = {"backend": getattr(request, "param", "eager"), "options": None}
+    quick = {"backend": "aot_eager", "options": None}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compile_(self, **(more | quick)))
     yield
     torch.compiler.reset()

@@ -58,7 +58,7 @@ def share_held_here(module: torch.nn.Module) -> float:
 def main(plan: Path) -> None:
     let_accelerate_shard_on_a_cpu()
     # Traced and checked as strictly, without making C++ of it.
-    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     accelerator = accelerator_module.Accelerator
     shares = []
     for run in json.loads(plan.read_text()):

@@ -80,7 +80,6 @@ def test_without_gradient_nothing_is_kept_or_recomputed():
     assert len(counts) == LAYERS
 
 
-@pytest.mark.parametrize("traced", ["aot_eager"], indirect=True)  # with a backward of its own
 def test_compiled_blocks_recompute_too(traced):
     results, counts = [], []
     for wanted in (False, 2):

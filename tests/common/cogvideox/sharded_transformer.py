@@ -69,7 +69,7 @@ def compare(name: str, device: str, changes: dict, per_frame: bool, compiled: bo
     expected = model(**given).sample
     shard_over_processes(model)
     if compiled:
-        quicker = functools.partialmethod(nn.Module.compile, backend="eager")  # traced and checked as strictly
+        quicker = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # traced and checked as strictly
         with mock.patch.object(nn.Module, "compile", quicker):
             compile_blocks(model)
     output = model(**given).sample

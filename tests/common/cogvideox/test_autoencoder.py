@@ -197,7 +197,7 @@ def test_faster_layers_compile_without_a_graph_break(vae):
     chunk, decoder = latents(2).transpose(1, 2), copy.deepcopy(make_streamable(vae)).decoder
     with torch.no_grad():
         expected, cache = decoder(chunk)
-        compiled = torch.compile(decoder, backend="eager", fullgraph=True)
+        compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
         assert_equal_but_for_rounding(compiled(chunk)[0], expected)
         assert_equal_but_for_rounding(compiled(chunk, conv_cache=cache)[0], decoder(chunk, conv_cache=cache)[0])
 

@@ -18,6 +18,7 @@ from websockets.exceptions import InvalidStatus
 from common.serving import app as app_module
 from common.serving import server as server_module
 from common.serving.app import is_loopback, is_own_page
+from tests.common.serving.live_server import PATIENCE
 
 TOKEN = "correct horse battery"
 
@@ -77,7 +78,7 @@ def test_a_foreign_name_that_points_here_is_refused_without_a_token(serve):
     def get(host):
         request = urllib.request.Request(f"http://{server.address}/recordings/x", headers={"Host": host})
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=40)
+            urllib.request.urlopen(request, timeout=PATIENCE)
         return error.value.code
 
     assert [get(host) for host in ("localhost:9", "127.0.0.1", "[::1]:80")] == [404] * 3
@@ -98,14 +99,14 @@ def test_the_page_has_a_strict_policy(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(app_module, "STATIC", tmp_path)
     server = serve()
     for path in ("/", "/static/player.js"):
-        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=40) as answer:
+        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=PATIENCE) as answer:
             policy = answer.headers["content-security-policy"]
             assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
             assert answer.headers["referrer-policy"] == "no-referrer"
             assert answer.headers["x-content-type-options"] == "nosniff"
     for path in ("/static/../app.py", "/static/..%2fapp.py", "/docs", "/openapi.json"):
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(f"http://{server.address}{path}", timeout=40)
+            urllib.request.urlopen(f"http://{server.address}{path}", timeout=PATIENCE)
         assert error.value.code == 404
 
 

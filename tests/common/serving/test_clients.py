@@ -110,7 +110,11 @@ def test_who_does_not_read_delays_nobody_and_loses_frames(serve):
             session = server.room.clients[2]
             while session.dropped < 30:
                 await reader.frame()
-            assert len(session._frames) <= 8 and server.room.clients[1].dropped < 30
+            assert len(session._frames) <= 8
+            numbers = [header.number for header, _ in reader.frames]
+            assert numbers == sorted(set(numbers)) and server.room.clients[1].dropped < 30
+            # Nothing is missing here but what a machine at work on other things has had dropped.
+            assert numbers[-1] - numbers[0] + 1 - len(numbers) <= server.room.clients[1].dropped
             sleeper.socket.transport.resume_reading()
             while (await sleeper.until("stats"))["dropped"] < 30:
                 pass

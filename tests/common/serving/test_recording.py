@@ -14,10 +14,11 @@ from PIL import Image
 
 from common.serving import recording as recording_module
 from common.serving.recording import RecordingStore
+from tests.common.serving.live_server import PATIENCE
 
 
 def fetch(server, path):
-    with urllib.request.urlopen(f"http://{server.address}{path}", timeout=40) as answer:
+    with urllib.request.urlopen(f"http://{server.address}{path}", timeout=PATIENCE) as answer:
         return answer.read(), answer.headers
 
 

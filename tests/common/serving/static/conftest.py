@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.common.serving.live_server import PATIENCE
 from tests.common.serving.static.browser import chromium
 from tests.common.serving.static.fake_server import FakeServer
 
-PATIENCE = 30_000  # milliseconds until a test gives up; other processes may have the machine
-expect.set_options(timeout=PATIENCE)
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 @pytest.fixture(scope="module")  # Playwright keeps an event loop running, which other files' tests would meet
@@ -41,7 +41,7 @@ def open_page(browser: Browser, console: list[str], request: pytest.FixtureReque
     def open_it(address: str | None = None, **options: object) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
-        context.set_default_timeout(PATIENCE)
+        context.set_default_timeout(1000 * PATIENCE)
         page = context.new_page()
         page.on("console", lambda message: message.type in ("error", "warning") and console.append(message.text))
         page.on("pageerror", lambda error: console.append(str(error)))

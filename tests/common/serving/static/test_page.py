@@ -206,7 +206,7 @@ def test_recording_and_replay(page: Page, fake_server, tmp_path):
     page.click("#record")
     assert fake_server.wait_for("record") == [{"type": "record", "on": True}]
     fake_server.tell(recording=True)
-    expect(page.locator("#record")).to_have_text(re.compile(r"Stop 0:\d\d"))
+    expect(page.locator("#record")).to_have_text(re.compile(r"Stop 0:0\d"))
     page.keyboard.press("r")
     assert fake_server.wait_for("record", 2)[-1] == {"type": "record", "on": False}
     fake_server.tell(recording=False)
