@@ -164,8 +164,13 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         New modules are initialised as in a new model; a changed shape of an old one is an error.
         """
         config = {key: value for key, value in base.config.items() if not key.startswith("_")}
-        with torch.device(base.device):
-            model = cls(**{**config, **changes})
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(base.dtype)  # or the GPU would for a moment hold a whole model in float32
+        try:
+            with torch.device(base.device):
+                model = cls(**{**config, **changes})
+        finally:
+            torch.set_default_dtype(default)
         nn.Module.to(model, base.dtype)  # diffusers' own `to` warns of an empty list of float32 modules
         missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
         new = (*CONTROL_PREFIXES, "time_embedding.cond_proj.")

@@ -183,6 +183,22 @@ def test_2b_has_the_published_number_of_tensors_and_parameters():
     assert state["control_blocks.14.norm1.linear.weight"].shape == (11520, 512)
 
 
+def test_a_model_made_of_a_bfloat16_base_is_made_in_bfloat16(monkeypatch):
+    """Parameters are born so: one in float32, even for a moment, takes twice the memory. Positions stay exact."""
+    born, register = set(), torch.nn.Module.register_parameter
+
+    def note(self, name, parameter):
+        born.update({parameter.dtype} if parameter is not None else ())
+        register(self, name, parameter)
+
+    base = CogVideoXTransformer3DModel(**TINY)
+    positions = base.patch_embed.pos_embedding.bfloat16()
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", note)
+    model = CogVideoXControlTransformer3DModel.from_transformer(torch.nn.Module.to(base, torch.bfloat16), **CONTROL)
+    assert born == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
+    assert torch.equal(model.patch_embed.pos_embedding, positions)
+
+
 def test_guidance_embedding_starts_neutral_and_then_matters():
     base = randomise(CogVideoXTransformer3DModel(**TINY))
     model = CogVideoXControlTransformer3DModel.from_transformer(base, cond_proj_dim=8)
