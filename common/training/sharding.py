@@ -13,19 +13,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 
-def prepare_sharding(accelerator: Accelerator, module: nn.Module, reduce_dtype: torch.dtype) -> None:
-    """To be called before `accelerator.prepare(module)`: changes accelerate's plan and the module's forward.
-
-    Args:
-        reduce_dtype: in which gradients travel and are added up.
-    """
+def prepare_sharding(accelerator: Accelerator, module: nn.Module) -> None:
+    """To be called before `accelerator.prepare(module)`: changes accelerate's plan and the module's forward."""
     plugin = accelerator.state.fsdp_plugin
     present = {type(part).__name__ for part in module.modules()}
     plugin.transformer_cls_names_to_wrap = [n for n in plugin.transformer_cls_names_to_wrap or [] if n in present]
     is_bf16 = accelerator.mixed_precision == "bf16"
-    # Weights travel in bf16 where they are used so.
+    # Weights travel in bf16 where they are used so, gradients in float32.
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if is_bf16 else None, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+        param_dtype=torch.bfloat16 if is_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     if is_bf16:
         autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)

@@ -74,7 +74,7 @@ class TrainingState:
         if accelerator.is_fsdp2:
             frozen = objective.frozen_roles()
             self.skeletons = {name: make_skeleton(m) for name, m in {"module": module, **frozen}.items()}
-            prepare_sharding(accelerator, module, getattr(torch, settings.gradient_reduction))
+            prepare_sharding(accelerator, module)
             for role in frozen.values():
                 shard_frozen(accelerator, role)
         # Optimizer and module go through `prepare` together: FSDP2 replaces the parameters.

@@ -102,7 +102,7 @@ def test_sharded_bf16_model_computes_what_autocast_computes_and_adds_gradients_i
     )  # fmt: skip
     whole = small_transformer(control_dim)
     sharded = copy.deepcopy(whole)
-    prepare_sharding(accelerator, sharded, torch.float32)
+    prepare_sharding(accelerator, sharded)
     fsdp2_prepare_model(accelerator, sharded)
     units = [type(m).__name__ for m in sharded.modules() if isinstance(m, FSDPModule)]
     assert sum("CogVideoXBlock" in name for name in units) == 2
