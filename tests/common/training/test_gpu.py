@@ -1,4 +1,4 @@
-"""On GPUs, through scripts/launch.sh: bf16, DDP and FSDP2 against one process, and resuming under FSDP2."""
+"""On GPUs: bf16, DDP and FSDP2 against one process, resuming under FSDP2 (all through scripts/launch.sh), a kernel."""
 
 import json
 import math
@@ -48,16 +48,10 @@ def test_bf16_run_learns_in_float32_weights_and_logs_mfu(one_gpu):
 
 
 @two_gpus
-@pytest.mark.parametrize(
-    ("accelerate_config", "reduction"),
-    [("", "float32"), ("", "bfloat16"), (FSDP2, "float32")],
-    ids=["ddp", "ddp in bf16", "fsdp2"],
-)
-def test_two_gpus_interrupted_train_like_one_with_twice_the_batch(
-    toy_data, tmp_path, one_gpu, accelerate_config, reduction
-):
+@pytest.mark.parametrize("accelerate_config", ["", FSDP2], ids=["ddp", "fsdp2"])
+def test_two_gpus_interrupted_train_like_one_with_twice_the_batch(toy_data, tmp_path, one_gpu, accelerate_config):
     for last in ("5", "10"):  # the second run resumes
-        options = ["--train_batch_size", "2", "--max_train_steps", last, "--gradient_reduction", reduction]
+        options = ["--train_batch_size", "2", "--max_train_steps", last]
         lines = launch(toy_data, tmp_path, "0,1", *options, accelerate_config=accelerate_config)
     # bf16 sums in another order; without AdamW's moments the resumed losses are off by more.
     assert losses(lines) == pytest.approx(losses(one_gpu[1]), rel=2e-2)
@@ -71,3 +65,10 @@ def test_two_gpus_interrupted_train_like_one_with_twice_the_batch(
     weights = load_file(tmp_path / "checkpoint-10" / "weights.safetensors")
     exported = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(exported[key], value) for key, value in weights.items())
+
+
+def test_the_optimizers_kernel_takes_the_steps_that_pytorch_takes():
+    program = [sys.executable, str(Path(__file__).with_name("triton_kernel.py"))]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(program, env=os.environ | {"PYTHONPATH": paths}, text=True, capture_output=True, timeout=300)
+    assert run.returncode == 0, run.stderr

@@ -1,7 +1,9 @@
-"""The GPU's AdamW kernel, run by Triton's interpreter on the CPU: TRITON_INTERPRET=1 python … (see the test beside it).
+"""The GPU's AdamW kernel against `update`: on a GPU, or with TRITON_INTERPRET=1 by Triton's interpreter on the CPU.
 
 Shapes: O rows, I columns.
 """
+
+import os
 
 import torch
 
@@ -87,6 +89,8 @@ def bfloat16_weights_move_as_float64_on_average() -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        torch.set_default_device("cuda")
     torch.manual_seed(0)
     no_step_is_larger_than_adamws_largest()
     steps_of_float32_weights_are_those_of_update()
