@@ -1,6 +1,16 @@
-"""Training benchmarks for a terminal: runs side by side. A row is what common.tools.benchmark_training measured."""
+"""Training benchmarks for a terminal: runs side by side. A row is what common.tools.benchmark_training measured.
 
+    python -m common.tools.benchmark_training_table outputs/benchmark_training/*.json
+
+shows those of several files in one table.
+"""
+
+import json
+from pathlib import Path
 from typing import Any
+
+from common.config.command_line import ArgumentParser
+from common.config.errors import UserError, one_line, run_cli
 
 # heading, key of a row, format
 COLUMNS = (
@@ -64,3 +74,22 @@ def losses_table(rows: list[dict[str, Any]], count: int) -> str:
         error = max(abs(mine - first) / abs(first) for mine, first in pairs)
         lines.append(f"{row['name']}: at most {error:.2%} from {rows[0]['name']}")
     return "\n".join(lines)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a benchmark's JSON; one alone is called like its file. A `UserError` if it is not that."""
+    try:
+        first, *others = json.loads(path.read_text())["rows"]
+        return [first, *others] if others else [first | {"name": path.stem}]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: no JSON that common.tools.benchmark_training wrote ({one_line(error)})") from error
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="JSON of common.tools.benchmark_training")
+    print(table([row for path in parser.parse_args().files for row in read_rows(path)]))
+
+
+if __name__ == "__main__":
+    run_cli(main)

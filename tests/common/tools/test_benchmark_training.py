@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.config.loader import load_settings
-from common.tools import benchmark_training
+from common.tools import benchmark_training, benchmark_training_table
 from common.training.random_batches import NUM_BATCHES, random_batches
 from tests.conftest import ROOT
 
@@ -131,3 +131,12 @@ def test_a_run_that_fails_otherwise_is_a_row_and_the_exit_code(capfd, monkeypatc
     monkeypatch.setattr("sys.argv", ["program", *map(str, line)])
     assert benchmark_training.main() == 1
     assert "/no/where" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": 3}', '{"rows": []}'])
+def test_files_that_hold_no_rows_are_no_table(refused, tmp_path, content):
+    path = tmp_path / "row.json"
+    path.write_text(content)
+    assert f"{path}: no JSON that common.tools.benchmark_training wrote" in refused(benchmark_training_table.main, path)
+    path.unlink()
+    assert f"{path}: no JSON" in refused(benchmark_training_table.main, path)
