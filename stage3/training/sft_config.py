@@ -1,7 +1,7 @@
 """Stage 3 on CogVideoX-2B: Swin-DPM, full fine-tune on windows of rising noise, which stream without end.
 
 Command:   bash stage3/train_text_to_video_sft.sh            (--dry_run shows sizes and leaves)
-Hardware:  2.0 B trained parameters. One H200, a cached sample of 33 frames a step: .585 s in 54 GiB with --compile
+Hardware:  2.0 B trained parameters. One H200, a cached sample of 33 frames a step: .58 s in 54 GiB with --compile
            --gradient_checkpointing 3; .73 s in 11 GiB with --compile --optimizer adamw_8bit --trained_weights bfloat16
            --step_in_backward. More GPUs: see scripts/accelerate/.
 Expect:    `validation/loss_group0` … `loss_group3` fall together; the noisiest group is learnt first.
