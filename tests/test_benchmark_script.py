@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,10 +21,12 @@ TINY = (
 @pytest.fixture
 def run_script(tmp_path):
     def run(*rows: str, **environment: str) -> tuple[int, str, str]:
-        environment = {"OUTPUT": str(tmp_path / "rows"), "MODELS": str(tmp_path / "models"), **environment}
+        ours = ("CUDA_VISIBLE_DEVICES", "GPU_IDS", "SIZE", "OPTIONS")
+        inherited = {name: value for name, value in os.environ.items() if name not in ours}
+        places = {"OUTPUT": str(tmp_path / "rows"), "MODELS": str(tmp_path / "models"), "PYTHON": sys.executable}
         done = subprocess.run(
             ["bash", str(ROOT / "scripts" / "benchmark_training.sh"), *rows],
-            env=os.environ | {"PYTHON": sys.executable} | environment, capture_output=True, text=True, cwd=tmp_path,
+            env=inherited | places | environment, capture_output=True, text=True, cwd=tmp_path,
         )  # fmt: skip
         return done.returncode, done.stdout, done.stderr
 
@@ -54,29 +57,44 @@ def settings_of(words: list[str]):
 
 
 def test_every_row_is_a_run_that_its_stage_accepts(started):
-    rows = started(GPU_IDS="4,5")
-    names = [settings_of(words) and words[-1] for _, words in rows]
-    assert len(set(names)) == len(names) == 20
-    stages = [words[words.index("--config") + 1].split("/")[-3] for _, words in rows]
-    assert set(stages) == {"stage1", "stage2", "stage3", "stage4"}
-    for (gpus, words), stage in zip(rows, stages, strict=True):
-        base = {"stage1": 1, "stage2": 1, "stage3": 2, "stage4": 3}[stage]
-        assert words[words.index("--model_path") + 1].endswith(f"models/random-2b-stage{base}")
-        layout = [word for word in words if word.endswith(".yaml")]
-        assert gpus == ("4,5" if layout else "4") and len(layout) == ("--num_processes" in words)
-        assert settings_of(words).frame_buckets == [49 if stage == "stage1" else 33]
+    rows = {Path(words[-1]).stem: (gpus, words) for gpus, words in started(GPU_IDS="4,5,6")}
+    settings = {name: settings_of(words) for name, (_, words) in rows.items()}
+    assert len(rows) == 20
+    for name, (gpus, words) in rows.items():
+        stage, form = int(name[1]), name[3:]
+        assert words[words.index("--config") + 1].split("/")[-3] == f"stage{stage}"
+        assert words[words.index("--model_path") + 1].endswith(f"models/random-2b-stage{max(stage - 1, 1)}")
+        assert settings[name].train_batch_size == 1 and settings[name].compile == (form != "eager")
+        assert settings[name].frame_buckets == [49 if stage == 1 else 33]
+        assert getattr(settings[name], "rank", 0) == (128 if stage == 1 or form == "lora" else 0)
+        if form in ("ddp", "fsdp2"):
+            assert gpus == "4,5" and words[words.index("--num_processes") + 1] == "2"
+            assert words[words.index("--config_file") + 1].endswith(f"{form}.yaml")
+        else:
+            assert gpus == "4" and words[:2] == ["-m", MODULE]
+    assert [settings[name].gradient_checkpointing for name in ("s3", "s3-all", "s3-none")] == [3, True, False]
+    assert settings["s3-memory"].step_in_backward and settings["s3-memory"].trained_weights == "bfloat16"
+    assert settings["s2"].control_text_encoder == ""
+    guided = {name: found.teacher_control_guidance_scale for name, found in settings.items() if name.startswith("s4")}
+    assert guided.pop("s4-both") == 3 and set(guided.values()) == {1}
 
 
 def test_a_row_can_have_65_frames_and_more_options(started):
-    ((gpus, words),) = started("s4-lora-65", OPTIONS="--rank 8 --steps 20", SIZE="5b")
+    ((gpus, words),) = started("s4-lora-65", GPU_IDS="2", OPTIONS="--rank 8 --steps 20", SIZE="5b")
     settings = settings_of(words)
-    assert (gpus, settings.frame_buckets, settings.rank, settings.compile) == ("0", [65], 8, True)
+    assert (gpus, settings.frame_buckets, settings.rank, settings.compile) == ("2", [65], 8, True)
     assert shlex.join(words).endswith("rows/s4-lora-65.json") and "random-5b-stage3" in shlex.join(words)
 
 
-def test_an_unknown_row_is_refused_before_anything_starts(run_script, tmp_path):
-    code, out, err = run_script("s3", "s3-fast", SIZE="mini")
-    assert code == 2 and not out and "no row is called s3-fast; there are s1 s1-memory" in err
+def test_one_gpu_leaves_out_the_rows_of_two(run_script):
+    code, out, err = run_script("s3-ddp", "s4-fsdp2", CUDA_VISIBLE_DEVICES="3")
+    assert (code, out) == (0, "") and err.count('it takes two GPUs; GPU_IDS is "3"') == 2
+
+
+@pytest.mark.parametrize("wrong", ["s3-fast", "s.", "s3-65-65"])
+def test_an_unknown_row_is_refused_before_anything_starts(run_script, tmp_path, wrong):
+    code, out, err = run_script("s3", wrong, SIZE="mini")
+    assert code == 2 and not out and f"no row is called {wrong}; there are s1 s1-memory" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -91,5 +109,5 @@ def test_rows_are_measured_once_and_shown_together_and_one_that_fails_is_left_ou
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
     assert files.keys() == {"s3.json", "s3-memory.json"}
     code, again, err = run_script("s3", "s3-memory", SIZE="mini", OPTIONS=TINY)
-    assert code == 0 and again == out[out.rindex(again) :]  # the table alone: nothing is measured anew
+    assert code == 0 and out.endswith(again) and err.count("is there already") == 2  # nothing is measured anew
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}

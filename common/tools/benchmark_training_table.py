@@ -29,26 +29,32 @@ COLUMNS = (
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for a terminal, and what they were measured on."""
     width = max(len(row["name"]) for row in rows) + 2
-    lines = [f"{'':<{width}}{'frames':>18}" + "".join(f"{heading:>11}" for heading, _, _ in COLUMNS)]
+    lines = [f"{'':<{width}}{'GPUs':>4}{'frames':>18}" + "".join(f"{heading:>11}" for heading, _, _ in COLUMNS)]
     for row in rows:
         if "error" in row:
             lines.append(f"{row['name']:<{width}}{'out of memory' if row['out_of_memory'] else row['error']}")
             continue
         shape = f"{row['samples_per_step']} × {row['frames']}×{row['height']}×{row['width']}"
         values = ["-" if row[key] is None else format(row[key], form) for _, key, form in COLUMNS]
-        lines.append(f"{row['name']:<{width}}{shape:>18}" + "".join(f"{value:>11}" for value in values))
+        line = f"{row['name']:<{width}}{row['processes']:>4}{shape:>18}"
+        lines.append(line + "".join(f"{value:>11}" for value in values))
     measured = [row for row in rows if "error" not in row]
     if measured:
-        row, rates = measured[0], [row["product"]["flops_per_s"] / 1e12 for row in measured]
-        size, dtype = row["product"]["size"], row["product"]["dtype"]
+        rates = [row["product"]["flops_per_s"] / 1e12 for row in measured]
+        size, dtype = measured[0]["product"]["size"], measured[0]["product"]["dtype"]
         reached = f"{min(rates):.4g} to {max(rates):.4g}" if len(rates) > 1 else f"{rates[0]:.4g}"
-        cuda = f", CUDA {row['cuda']}, cuDNN {row['cudnn']}" if row["cuda"] else f", {row['threads']} threads"
-        lines += [
-            f"MFU 100% is a {dtype} product of {size}³: {reached} TFLOP/s; memory in GiB; "
-            f"median of {len(row['step_seconds'])} steps",
-            f"{row['processes']} × {row['device']}, torch {row['torch']}{cuda}, diffusers {row['diffusers']}",
-        ]
+        steps = " or ".join(str(count) for count in sorted({len(row["step_seconds"]) for row in measured}))
+        lines.append(
+            f"MFU 100% is a {dtype} product of {size}³: {reached} TFLOP/s; memory in GiB a GPU; median of {steps} steps"
+        )
+        lines += dict.fromkeys(place(row) for row in measured)
     return "\n".join(lines)
+
+
+def place(row: dict[str, Any]) -> str:
+    """What a row was measured on."""
+    cuda = f", CUDA {row['cuda']}, cuDNN {row['cudnn']}" if row["cuda"] else f", {row['threads']} threads"
+    return f"{row['device']}, torch {row['torch']}{cuda}, diffusers {row['diffusers']}"
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -79,8 +85,10 @@ def losses_table(rows: list[dict[str, Any]], count: int) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a benchmark's JSON; one alone is called like its file. A `UserError` if it is not that."""
     try:
-        first, *others = json.loads(path.read_text())["rows"]
-        return [first, *others] if others else [first | {"name": path.stem}]
+        rows = json.loads(path.read_text())["rows"]
+        if not rows or not all("error" in row or row["step_seconds"] for row in rows):
+            raise ValueError("no rows")
+        return rows if len(rows) > 1 else [rows[0] | {"name": path.stem}]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: no JSON that common.tools.benchmark_training wrote ({one_line(error)})") from error
 

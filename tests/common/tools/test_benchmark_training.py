@@ -59,6 +59,7 @@ def test_runs_side_by_side_and_one_without_enough_memory(run_program, tiny_base,
     assert plain["losses"] == less["losses"] and len(set(plain["losses"])) == 3
     assert huge["out_of_memory"] and "lower train_batch_size (now 100000000)" in huge["error"]
     assert f"{plain['losses'][2]:>12.6f}{less['losses'][2]:>12.6f}" in said and "less: at most 0.00% from plain" in said
+    assert f"median of 1 or 3 steps\n{plain['device']}, torch {torch.__version__}" in said
     table = said[said.index("s/step") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["plain", "less", "huge"]
     assert table[3].split(maxsplit=1)[1] == "out of memory"
@@ -133,7 +134,7 @@ def test_a_run_that_fails_otherwise_is_a_row_and_the_exit_code(capfd, monkeypatc
     assert "/no/where" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"rows": 3}', '{"rows": []}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": 3}', '{"rows": []}', '{"rows": [{}]}'])
 def test_files_that_hold_no_rows_are_no_table(refused, tmp_path, content):
     path = tmp_path / "row.json"
     path.write_text(content)
