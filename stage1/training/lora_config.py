@@ -2,7 +2,7 @@
 
 Command:   bash stage1/train_text_to_video_lora.sh            (--dry_run shows sizes and leaves)
 Hardware:  the published run used 8 GPUs of 80 GB for 100,000 steps at batch 8 per GPU. One H200, a cached
-           sample of 49 frames a step, with --rank 128 --compile: .84 s in 33 GiB with --gradient_checkpointing False, or
+           sample of 49 frames a step, --rank 128 --compile: .84 s in 33 GiB with --gradient_checkpointing False, or
            1.12 s in 7.2 GiB with --optimizer adamw_8bit.
 Expect:    the held-out loss falls; sample videos take on the look of the footage within a few thousand steps.
 Next:      python stage1/fuse_lora_weights.py --pretrained_model_path models/CogVideoX-2b \\
