@@ -1,6 +1,6 @@
 """Training benchmarks for a terminal: runs side by side. A row is what common.tools.benchmark_training measured.
 
-    python -m common.tools.benchmark_training_table outputs/benchmark_training/*.json
+    python -m common.tools.benchmark_training_table outputs/benchmark_training/2b/*.json
 
 shows those of several files in one table.
 """
