@@ -242,3 +242,22 @@ def refused(monkeypatch, capsys):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def noting_python(tmp_path):
+    """An interpreter for shell scripts that notes what it was started with and leaves.
+
+    Its path, and a function → [(CUDA_VISIBLE_DEVICES, words)] of all its starts.
+    """
+    python, noted = tmp_path / "python", tmp_path / "noted.jsonl"
+    note = "import json, os, sys; line = json.dumps([os.environ.get('CUDA_VISIBLE_DEVICES'), sys.argv[1:]]); "
+    note += f"print(line, file=open({str(noted)!r}, 'a'))"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -c "{note}" "$@"\n')
+    python.chmod(0o755)
+
+    def starts() -> list[tuple[str | None, list[str]]]:
+        lines = noted.read_text().splitlines() if noted.exists() else []
+        return [tuple(json.loads(line)) for line in lines]
+
+    return python, starts

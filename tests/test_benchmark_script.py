@@ -1,6 +1,5 @@
 """scripts/benchmark_training.sh: the lines that it would start, and a row for real."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -34,20 +33,14 @@ def run_script(tmp_path):
 
 
 @pytest.fixture
-def started(run_script, tmp_path):
+def started(run_script, noting_python):
     """What the script would start: (GPUs, words of the program) for each row."""
-    noted, python = tmp_path / "noted.jsonl", tmp_path / "python"
-    note = "import json, os, sys; line = json.dumps([os.environ.get('CUDA_VISIBLE_DEVICES'), sys.argv[1:]]); "
-    note += f"print(line, file=open({str(noted)!r}, 'a'))"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -c "{note}" "$@"\n')
-    python.chmod(0o755)
+    python, starts = noting_python
 
     def run(*rows: str, **environment: str) -> list[tuple[str, list[str]]]:
         code, _, err = run_script(*rows, PYTHON=str(python), **environment)
         assert code == 0, err
-        lines = [json.loads(line) for line in noted.read_text().splitlines()]
-        noted.unlink()
-        return [(gpus, words) for gpus, words in lines if MODULE in words]
+        return [(gpus, words) for gpus, words in starts() if MODULE in words]
 
     return run
 

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,9 @@ LAYOUTS = [  # environment, processes, machines
 
 
 @pytest.fixture
-def run_script(tmp_path):
+def run_script(noting_python):
     """scripts/launch.sh with a Python that notes its words and leaves: (exit code, stderr, words of its last start)."""
-    python, noted = tmp_path / "python", tmp_path / "noted.json"
-    note = f"import json, sys; json.dump(sys.argv[1:], open({str(noted)!r}, 'w'))"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -c "{note}" "$@"\n')
-    python.chmod(0o755)
+    python, starts = noting_python
 
     def run(*words: str, **environment: str) -> tuple[int, str, list[str]]:
         ours = ("CUDA_VISIBLE_DEVICES", "GPU_IDS", "ACCELERATE_CONFIG_FILE", "NUM_PROCESSES", "NNODES", "NODE_RANK")
@@ -43,7 +39,7 @@ def run_script(tmp_path):
             ["bash", str(ROOT / "scripts" / "launch.sh"), "unused.py", "--config", str(CONFIG), *words],
             env=inherited | {"PYTHON": str(python)} | environment, capture_output=True, text=True,
         )  # fmt: skip
-        return done.returncode, done.stderr, json.loads(noted.read_text()) if noted.exists() else []
+        return done.returncode, done.stderr, starts()[-1][1] if starts() else []
 
     return run
 
