@@ -8,7 +8,7 @@
 #   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=12300 STAGE3_STEPS=20700 STAGE4_STEPS=5500
 #   BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding) GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
-# On one H200 a step takes 15 ms for the base, 15, 13, 18 and 28 ms in stages 1 to 4: 22 minutes of training by these times,
+# On one H200 a step takes 18 ms for the base, 16, 14, 19 and 30 ms in stages 1 to 4: 25 minutes of training by these times,
 # and nine of the VAE, beside drawing and encoding. The script as a whole has not run on a GPU yet.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
@@ -37,11 +37,12 @@ if [[ -z ${BASE:-} ]]; then
     draw --num_clips "$CLIPS" --seed 5 --index_name broad.json --world broad
     vae=(--vae_steps "$VAE_STEPS")
     [[ -z ${VAE:-} ]] || vae=(--init_vae "$VAE" --vae_minutes 0)
-    # The transformer knows the broad world only; stage 1 teaches it the game.
+    # The transformer knows the broad world only; stage 1 teaches it the game. Positions and noise schedule are 5B's.
     python -m data.miniworld.make_base --data_root "$world" --index_file "$world/broad.json" \
         --vae_index_file "$world/index.json" --output_dir "$BASE" "${vae[@]}" --vae_image_share 0.25 \
-        --vae_batch_size 16 --vae_image_batch_size 64 --patch_size 1 --num_layers 6 --transformer_steps "$BASE_STEPS" \
-        --transformer_batch_size "$BATCH_SIZE" --transformer_windows "$((3 * CLIPS))" "${compile[@]}" "${precision[@]}"
+        --vae_batch_size 16 --vae_image_batch_size 64 --patch_size 1 --num_layers 6 --positions rotary \
+        --snr_shift_scale 1 --transformer_steps "$BASE_STEPS" --transformer_batch_size "$BATCH_SIZE" \
+        --transformer_windows "$((3 * CLIPS))" "${compile[@]}" "${precision[@]}"
 fi
 
 # encode FRAMES WINDOWS: windows of so many frames, so many of each clip, by several processes that share the GPU

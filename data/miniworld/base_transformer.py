@@ -22,9 +22,11 @@ CAPTION_DROPOUT = 0.1
 
 
 def make_transformer(
-    vae: AutoencoderKLCogVideoX, num_frames: int, patch_size: int, num_layers: int, num_heads: int
+    vae: AutoencoderKLCogVideoX, num_frames: int, patch_size: int, num_layers: int, num_heads: int, rotary: bool
 ) -> CogVideoXTransformer3DModel:
     """An untrained transformer for the VAE's latents of videos of num_frames raw frames; heads are 64 wide.
+
+    rotary: with the rotary positions of CogVideoX-5B instead of 2B's sinusoids.
 
     As in DiT (arXiv 2212.09748, section 3.2) every block starts as the identity and the output as zero; with PyTorch's
     own initialisation long runs were not stable.
@@ -41,6 +43,7 @@ def make_transformer(
         "sample_frames": num_frames,
         "patch_size": patch_size,
         "max_text_seq_length": MAX_TEXT_LENGTH,
+        "use_rotary_positional_embeddings": rotary,
     }
     transformer = CogVideoXTransformer3DModel(**{**SIZES["mini"].transformer, **given})
     with torch.no_grad():
@@ -56,13 +59,15 @@ def make_transformer(
 
 def v_loss(
     transformer: CogVideoXTransformer3DModel,
+    rotary: tuple[Tensor, Tensor] | None,
     alphas: Tensor,
     autocast: Callable[[], torch.autocast],
     batch: Batch,
 ) -> Tensor:
     """Mean squared error of the predicted velocity √ᾱ·noise − √(1−ᾱ)·latents; the schedule in float32.
 
-    `batch` holds latents and noise [B, F, C, H, W], prompt_embeds [B, L, D], timesteps int64 [B]; `alphas` is ᾱ [T].
+    `batch` holds latents and noise [B, F, C, H, W], prompt_embeds [B, L, D], timesteps int64 [B]; `alphas` is ᾱ [T],
+    `rotary` what `rotary_positional_embeddings` gives.
     """
     alpha = alphas[batch["timesteps"]].view(-1, 1, 1, 1, 1)
     signal, sigma = alpha.sqrt().float(), (1 - alpha).sqrt().float()
@@ -73,6 +78,7 @@ def v_loss(
             hidden_states=noisy,
             encoder_hidden_states=batch["prompt_embeds"],
             timestep=batch["timesteps"],
+            image_rotary_emb=rotary,
             return_dict=False,
         )[0]
     return (prediction.float() - target).square().mean()
@@ -82,12 +88,10 @@ def v_loss(
 class LatentWindows:
     """Encoded training windows and their captions, all on the training device.
 
-    `moments` [n, 2C, F, H, W] of window i, which is cut from clip `clip_numbers[i]`; `prompt_embeds` [clips, L, D];
-    `null_embeds` [1, L, D] of the empty caption.
+    `moments` [n, 2C, F, H, W]; `prompt_embeds` [n, L, D]; `null_embeds` [1, L, D] of the empty caption.
     """
 
     moments: Tensor
-    clip_numbers: Tensor
     prompt_embeds: Tensor
     null_embeds: Tensor
     scaling_factor: float
@@ -105,7 +109,7 @@ class LatentWindows:
             sampling_noise = torch.randn(batch_size, frames, channels // 2, *size, **draw)
             latents = sample_posterior(chosen, sampling_noise) * self.scaling_factor  # [B, F, C, H, W]
             dropped = torch.rand(batch_size, **draw) < CAPTION_DROPOUT
-            text = torch.where(dropped[:, None, None], self.null_embeds, self.prompt_embeds[self.clip_numbers[rows]])
+            text = torch.where(dropped[:, None, None], self.null_embeds, self.prompt_embeds[rows].float())
             timesteps = torch.randint(num_timesteps, (batch_size,), **draw)
             noise = torch.randn(latents.shape, **draw)
             return {"latents": latents, "noise": noise, "timesteps": timesteps, "prompt_embeds": text}
