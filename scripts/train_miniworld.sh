@@ -9,7 +9,7 @@
 #   BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding) GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
 # On one H200 a step takes 18 ms for the base, 16, 14, 19 and 30 ms in stages 1 to 4: 25 minutes of training by these times,
-# and nine of the VAE, beside drawing and encoding. The script as a whole has not run on a GPU yet.
+# and nine of the VAE, beside drawing and encoding. As a whole the script has run on CPUs alone.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
