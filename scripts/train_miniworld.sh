@@ -5,7 +5,7 @@
 #   bash scripts/train_miniworld.sh [OUTPUT_DIR]        default outputs/miniworld_gpu
 #
 # The same command goes on where it was stopped. Lengths are set by variables, here with their defaults:
-#   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=12300 STAGE3_STEPS=20700 STAGE4_STEPS=5500
+#   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=12300 STAGE3_STEPS=20700 STAGE4_STEPS=6000
 #   BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding) GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
 # On one H200 a step takes 18 ms for the base, 16, 14, 19 and 30 ms in stages 1 to 4: 25 minutes of training by these times,
@@ -19,7 +19,7 @@ trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
 out=${1:-outputs/miniworld_gpu}
 world=$out/world
 : "${CLIPS:=3000}" "${VAE_STEPS:=4000}" "${BASE_STEPS:=30000}" "${BATCH_SIZE:=64}" "${PROCESSES:=8}"
-: "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=12300}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=5500}"
+: "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=12300}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
 : "${GPU_OPTIONS=--mixed_precision bf16 --compile --cuda_graph}"
 precision=()
 [[ $GPU_OPTIONS != *bf16* ]] || precision=(--mixed_precision bf16)
@@ -80,7 +80,8 @@ fi
 stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --optimizer muon --learning_rate 1e-3
 stage 3 "$STAGE3_STEPS" "$out/stage2" 97 1 --window_frames 17 33 --optimizer muon --learning_rate 1e-3 \
     --offset_noise 0.3
-stage 4 "$STAGE4_STEPS" "$out/stage3" 97 1 --learning_rate 2e-4 --window_frames 17 33 --offset_noise 0.3
+stage 4 "$STAGE4_STEPS" "$out/stage3" 97 1 --optimizer muon --learning_rate 2.5e-4 --window_frames 17 33 \
+    --offset_noise 0.3
 
 echo "done; pack what is to be shipped:"
 echo "  python -m data.miniworld.pack_weights --output_dir data/miniworld/weights base=$BASE \\"
