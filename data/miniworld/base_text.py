@@ -12,10 +12,6 @@ import sentencepiece
 import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from common.data.control_signals import CONTROL_TOKENS
-from common.data.index import ClipRecord
-from data.miniworld.captions import motion_words
-
 MAX_TEXT_LENGTH = 64  # tokens; a mini-world caption needs at most about 60
 TEXT_DIM = 128
 
@@ -76,14 +72,3 @@ def make_text_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
         torch.manual_seed(seed)
         encoder = T5EncoderModel(config)
     return encoder.eval().requires_grad_(False)
-
-
-def window_captions(records: Sequence[ClipRecord], places: Sequence[Sequence[int]], told_frames: int) -> list[str]:
-    """The caption of each window (clip, first frame). With `told_frames`, the window's length, every other one begins
-    with the camera's motion in it."""
-    captions = [records[clip].caption for clip, _ in places]
-    for number, (clip, first) in enumerate(places):
-        if told_frames and number % 2 == 0:
-            signals = [CONTROL_TOKENS[code] for code in records[clip].control_at(range(first, first + told_frames))]
-            captions[number] = f"{motion_words(signals)} {captions[number]}"
-    return captions

@@ -88,10 +88,12 @@ def v_loss(
 class LatentWindows:
     """Encoded training windows and their captions, all on the training device.
 
-    `moments` [n, 2C, F, H, W]; `prompt_embeds` [n, L, D]; `null_embeds` [1, L, D] of the empty caption.
+    `moments` [n, 2C, F, H, W] of window i, which is cut from clip `clip_numbers[i]`; `prompt_embeds` [clips, L, D];
+    `null_embeds` [1, L, D] of the empty caption.
     """
 
     moments: Tensor
+    clip_numbers: Tensor
     prompt_embeds: Tensor
     null_embeds: Tensor
     scaling_factor: float
@@ -109,7 +111,7 @@ class LatentWindows:
             sampling_noise = torch.randn(batch_size, frames, channels // 2, *size, **draw)
             latents = sample_posterior(chosen, sampling_noise) * self.scaling_factor  # [B, F, C, H, W]
             dropped = torch.rand(batch_size, **draw) < CAPTION_DROPOUT
-            text = torch.where(dropped[:, None, None], self.null_embeds, self.prompt_embeds[rows].float())
+            text = torch.where(dropped[:, None, None], self.null_embeds, self.prompt_embeds[self.clip_numbers[rows]])
             timesteps = torch.randint(num_timesteps, (batch_size,), **draw)
             noise = torch.randn(latents.shape, **draw)
             return {"latents": latents, "noise": noise, "timesteps": timesteps, "prompt_embeds": text}

@@ -131,8 +131,7 @@ def reconstruction_psnr(vae: AutoencoderKLCogVideoX, clips: list[Tensor], num_fr
 def encode_windows(
     vae: AutoencoderKLCogVideoX, windows: Windows, count: int, num_frames: int, progress: Callable[[int], object]
 ) -> tuple[Tensor, Tensor]:
-    """Posterior moments (mean‖logvar) of `count` random windows: float16 [count, 2C, F, H, W], and clip and first frame
-    of each, int64 [count, 2].
+    """Posterior moments (mean‖logvar) of `count` random windows: float16 [count, 2C, F, H, W], and the clip of each.
 
     Both on the CPU. The posterior is sampled afresh at each use.
     """
@@ -145,7 +144,7 @@ def encode_windows(
         part = chosen[first : first + at_once]
         moments.append(vae.encode(to_signal(windows.stack(part, num_frames))).latent_dist.parameters.half().cpu())
         progress(len(part))
-    return torch.cat(moments), torch.tensor(chosen)
+    return torch.cat(moments), torch.tensor([clip for clip, _ in chosen])
 
 
 def measured_scaling_factor(moments: Tensor) -> float:

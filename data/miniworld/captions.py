@@ -6,9 +6,6 @@ holes in it; the vocabulary stays small enough that a tokenizer trained on a few
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-
 import numpy as np
 
 BIOME_WORDS = {
@@ -69,9 +66,6 @@ ENDINGS = [
     "The ground flows by as the car gains speed.",
     "",
 ]
-PEDAL_WORDS = {"D": "ahead", "B": "back", "N": "idle"}
-WHEEL_WORDS = {"": "", "L": "-left", "R": "-right"}
-MOTION_FRAMES = 8  # that one word of `motion_words` tells of: half a second
 COLORS = ("red", "blue", "yellow", "white", "green", "orange", "purple", "black")
 
 
@@ -92,17 +86,3 @@ def make_caption(biome: str, weather: str, color: str, rng: np.random.Generator,
     sentences = [opening, *[sentence for sentence in [*middle, pick(ENDINGS)] if sentence][:2]]
     caption = " ".join(sentences)
     return caption[0].upper() + caption[1:]
-
-
-def motion_words(signals: Sequence[str]) -> str:
-    """What the signals of a window's frames (the first one's do not count) make the camera do, a word a half second:
-    "1-ahead 2-ahead-left 3-back 4-idle". Each word says when, for the random text encoder hardly knows their order."""
-    pieces = [signals[first : first + MOTION_FRAMES] for first in range(1, len(signals), MOTION_FRAMES)]
-    usual = [Counter(piece).most_common(1)[0][0] for piece in pieces]
-    return " ".join(f"{i}-{PEDAL_WORDS[s[0]]}{WHEEL_WORDS[s[1:]]}" for i, s in enumerate(usual, start=1))
-
-
-def motion_vocabulary(num_frames: int) -> list[str]:
-    """All words that `motion_words` uses for windows of that many frames."""
-    kinds = [pedal + wheel for pedal in PEDAL_WORDS.values() for wheel in WHEEL_WORDS.values()]
-    return [f"{i + 1}-{kind}" for i in range(-(-(num_frames - 1) // MOTION_FRAMES)) for kind in kinds]

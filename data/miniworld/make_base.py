@@ -47,7 +47,6 @@ from common.training.encoding import encode_prompts
 from common.training.muon import MuonAdamW
 from data.miniworld import base_text, base_transformer, base_vae
 from data.miniworld.base_training import Budget, Workplace, fit
-from data.miniworld.captions import motion_vocabulary
 from data.miniworld.clips import decode_clips
 
 OUT_OF_MEMORY_HELP = (
@@ -55,9 +54,9 @@ OUT_OF_MEMORY_HELP = (
 )
 
 
-def read_records(index: Path, args: argparse.Namespace, needs_control: bool = False) -> list[ClipRecord]:
+def read_records(index: Path, args: argparse.Namespace) -> list[ClipRecord]:
     """The first --max_clips clips of an index."""
-    records = read_index(index, args.data_root, needs_control)[: args.max_clips or None]
+    records = read_index(index, args.data_root, needs_control=False)[: args.max_clips or None]
     if len(records) <= args.num_heldout:
         raise UserError(f"{index} has {len(records)} clips; --num_heldout {args.num_heldout} leaves none to train on")
     return records
@@ -112,27 +111,20 @@ def encode_clips(
     if not path.exists():
         windows = base_vae.Windows(clips[: -args.num_heldout], args.seed)
         with tqdm(total=args.transformer_windows, desc="encoding windows", unit="window") as bar:
-            moments, places = base_vae.encode_windows(
+            moments, clip_numbers = base_vae.encode_windows(
                 vae, windows, args.transformer_windows, args.num_frames, bar.update
             )
         with replacing(path) as beside:
-            torch.save({"moments": moments, "places": places}, beside)
+            torch.save({"moments": moments, "clip_numbers": clip_numbers}, beside)
     return torch.load(path, map_location=args.device, weights_only=True)
 
 
 def make_transformer(
-    place: Workplace,
-    vae: AutoencoderKLCogVideoX,
-    clips: list[Tensor],
-    embed: Callable[[list[str]], Tensor],
-    records: list[ClipRecord],
-    args: argparse.Namespace,
+    place: Workplace, vae: AutoencoderKLCogVideoX, clips: list[Tensor], text: Tensor, args: argparse.Namespace
 ) -> CogVideoXTransformer3DModel:
-    """The trained transformer; `embed` makes [n, L, D] of n captions."""
+    """The trained transformer; `text` [clips + 1, L, D] are the embeddings of every clip's caption and, last, of ""."""
     if not place.has("transformer"):
         latents = encode_clips(place, vae, clips, args)
-        places = latents["places"].tolist()
-        captions = base_text.window_captions(records, places, args.num_frames if args.tell_motion else 0)
         torch.manual_seed(args.seed)
         transformer = base_transformer.make_transformer(
             vae, args.num_frames, args.patch_size, args.num_layers, args.num_heads, args.positions == "rotary"
@@ -140,7 +132,7 @@ def make_transformer(
         if args.compile:
             transformer.compile()
         windows = base_transformer.LatentWindows(
-            latents["moments"], embed(captions), embed([""]), scaling_factor=vae.config.scaling_factor
+            **latents, prompt_embeds=text[:-1], null_embeds=text[-1:], scaling_factor=vae.config.scaling_factor
         )
         scheduler = scheduler_of(args)
         batches = windows.batches(args.transformer_batch_size, scheduler.config.num_train_timesteps, args.seed)
@@ -191,25 +183,21 @@ def keep_freed_memory() -> None:
 def make_base(args: argparse.Namespace) -> Path:
     """Makes what is missing of the pipeline in args.output_dir; returns that directory."""
     check_arguments(args)
-    records = read_records(args.index_file or args.data_root / "index.json", args, needs_control=args.tell_motion)
+    records = read_records(args.index_file or args.data_root / "index.json", args)
     further = read_records(args.vae_index_file, args) if args.vae_index_file else []
     place = Workplace(args)
     if (args.output_dir / "model_index.json").exists():
         print(f"{args.output_dir} is complete; nothing to do")
         return args.output_dir
-    captions = [record.caption for record in records + further]
-    words = motion_vocabulary(args.num_frames) if args.tell_motion else []
-    tokenizer, text_encoder = make_text(place, captions + words, args.seed)
+    tokenizer, text_encoder = make_text(place, [record.caption for record in records + further], args.seed)
     clips, further_clips = (  # decoded once and kept in memory: about 2 MB a clip of six seconds
         [clip.to(args.device) for clip in decode_clips(part, args.num_frames, args.height, args.width)]
         for part in (records, further)
     )
     vae = make_vae(place, clips, further_clips, args)
-
-    def embed(captions: list[str]) -> Tensor:
-        return encode_prompts(tokenizer, text_encoder, captions, base_text.MAX_TEXT_LENGTH).to(args.device)
-
-    transformer = make_transformer(place, vae, clips, embed, records, args)
+    captions = [*(record.caption for record in records), ""]
+    text = encode_prompts(tokenizer, text_encoder, captions, base_text.MAX_TEXT_LENGTH).to(args.device)
+    transformer = make_transformer(place, vae, clips, text, args)
     pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler_of(args))
     place.finish("scheduler", pipeline.scheduler.save_pretrained)
     pipeline.save_config(place.partial)
@@ -267,7 +255,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_heads", type=int, default=3, help="attention heads, 64 wide each")
     add("--positions", choices=["sincos", "rotary"], default="sincos", help="as CogVideoX-2B has them, or as 5B")
     add("--snr_shift_scale", type=positive_number, default=3.0, help="of the noise schedule: 2B has 3, 5B has 1")
-    add("--tell_motion", action="store_true", help="half of the windows' captions say how the camera moves")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, for GPUs")
     add("--compile", action="store_true", help="torch.compile for the transformer; pays off from hundreds of steps")

@@ -7,13 +7,12 @@ import torch
 from diffusers import CogVideoXPipeline
 from transformers import T5EncoderModel, T5Tokenizer
 
-from common.data.index import read_index
 from common.data.video import read_clip
 from common.training.encoding import encode_prompts
 from data.miniworld import base_text, make_base, make_videos
 from data.miniworld.base_training import Budget, fit, learning_rate
 from data.miniworld.base_transformer import v_loss as base_v_loss
-from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS, motion_vocabulary, motion_words
+from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS
 from data.miniworld.looks import random_look
 
 CAPTIONS = [random_look(seed)[1] for seed in range(150)]
@@ -61,23 +60,18 @@ def test_diffusers_loads_it_and_samples_from_it(base):
     assert not (base / ".partial").exists()
 
 
-def test_it_can_be_a_small_5b_that_is_told_the_motion(world, tmp_path):
-    """Rotary positions, 5B's noise schedule; diffusers samples from it, and its tokenizer has a piece for each word."""
-    more = ["--positions", "rotary", "--snr_shift_scale", "1", "--tell_motion"]
+def test_it_can_be_a_small_5b(world, tmp_path):
+    """Rotary positions, 5B's noise schedule; diffusers samples from it."""
+    more = ["--positions", "rotary", "--snr_shift_scale", "1"]
     pipeline = CogVideoXPipeline.from_pretrained(make_base.make_base(arguments(world, tmp_path / "base", *more)))
     pipeline.set_progress_bar_config(disable=True)
-    told = f"1-back-left {read_index(world / 'index.json', world, needs_control=False)[0].caption}"
     video = pipeline(
-        told, height=32, width=64, num_frames=9, num_inference_steps=2, max_sequence_length=64,
+        CAPTIONS[0], height=32, width=64, num_frames=9, num_inference_steps=2, max_sequence_length=64,
         generator=torch.Generator().manual_seed(0), output_type="pt",
     ).frames  # fmt: skip
     assert video.shape == (1, 9, 3, 32, 64) and torch.isfinite(video).all()
     assert pipeline.transformer.config.use_rotary_positional_embeddings
     assert pipeline.scheduler.config.snr_shift_scale == 1.0
-    assert len(motion_vocabulary(9)) == 9
-    for word in motion_vocabulary(9):
-        assert pipeline.tokenizer.tokenize(word) == [f"▁{word}"]
-    assert len(pipeline.tokenizer(told).input_ids) <= base_text.MAX_TEXT_LENGTH
 
 
 def test_trained_with_the_positions_that_diffusers_samples_with(world, tmp_path, monkeypatch):
@@ -87,30 +81,6 @@ def test_trained_with_the_positions_that_diffusers_samples_with(world, tmp_path,
     pipeline = CogVideoXPipeline.from_pretrained(base)
     expected = pipeline._prepare_rotary_positional_embeddings(32, 64, 3, torch.device("cpu"))
     torch.testing.assert_close(seen[0][1], expected)
-
-
-def test_every_other_window_is_told_its_own_motion(world):
-    assert motion_words(["N", *["D"] * 8, *["BL"] * 5, *["NR"] * 3]) == "1-ahead 2-back-left"
-    assert set(motion_words(["N"] * 4 + ["DR"] * 13).split()) <= set(motion_vocabulary(17))
-    records = read_index(world / "index.json", world, needs_control=True)
-    places = [(0, 0), (1, 2), (2, 1), (1, 8)]
-    captions = base_text.window_captions(records, places, 9)
-    assert [caption == records[clip].caption for caption, (clip, _) in zip(captions, places, strict=True)] == [
-        False, True, False, True,
-    ]  # fmt: skip
-    for caption, (clip, first) in list(zip(captions, places, strict=True))[::2]:
-        signals = records[clip].control[first : first + 9]
-        assert caption == f"{motion_words(signals)} {records[clip].caption}"
-    assert base_text.window_captions(records, places, 0) == [records[clip].caption for clip, _ in places]
-
-
-def test_motion_cannot_be_told_of_clips_without_signals(world, tmp_path):
-    index = json.loads((world / "index.json").read_text())
-    del index["list"][1]["control_signal_seq"]
-    (tmp_path / "index.json").write_text(json.dumps(index))
-    more = ["--tell_motion", "--index_file", str(tmp_path / "index.json")]
-    with pytest.raises(ValueError, match="entry 2.*control_signal_seq"):
-        make_base.make_base(arguments(world, tmp_path / "base", *more))
 
 
 def test_scaling_factor_gives_latents_unit_variance(base, world):
