@@ -136,7 +136,7 @@ def make_transformer(
         )
         scheduler = scheduler_of(args)
         batches = windows.batches(args.transformer_batch_size, scheduler.config.num_train_timesteps, args.seed)
-        latent_shape = torch.Size([0, *latents["moments"].transpose(1, 2).shape[1:]])  # [·, F, 2C, H, W]
+        latent_shape = latents["moments"].transpose(1, 2).shape  # [n, F, 2C, H, W]
         loss = partial(
             base_transformer.v_loss, transformer,
             rotary_positional_embeddings(transformer.config, latent_shape, torch.device(args.device)),

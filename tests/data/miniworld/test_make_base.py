@@ -46,14 +46,19 @@ def tokenizer():
     return base_text.train_tokenizer(CAPTIONS)
 
 
-def test_diffusers_loads_it_and_samples_from_it(base):
-    pipeline = CogVideoXPipeline.from_pretrained(base)
+def pipeline_that_samples(directory):
+    pipeline = CogVideoXPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
     video = pipeline(
         CAPTIONS[0], height=32, width=64, num_frames=9, num_inference_steps=2, max_sequence_length=64,
         generator=torch.Generator().manual_seed(0), output_type="pt",
     ).frames  # fmt: skip
     assert video.shape == (1, 9, 3, 32, 64) and torch.isfinite(video).all()
+    return pipeline
+
+
+def test_diffusers_loads_it_and_samples_from_it(base):
+    pipeline = pipeline_that_samples(base)
     schedule = pipeline.scheduler.config
     assert (schedule.prediction_type, schedule.snr_shift_scale) == ("v_prediction", 3.0)
     assert schedule.rescale_betas_zero_snr and schedule.timestep_spacing == "trailing"
@@ -63,13 +68,7 @@ def test_diffusers_loads_it_and_samples_from_it(base):
 def test_it_can_be_a_small_5b(world, tmp_path):
     """Rotary positions, 5B's noise schedule; diffusers samples from it."""
     more = ["--positions", "rotary", "--snr_shift_scale", "1"]
-    pipeline = CogVideoXPipeline.from_pretrained(make_base.make_base(arguments(world, tmp_path / "base", *more)))
-    pipeline.set_progress_bar_config(disable=True)
-    video = pipeline(
-        CAPTIONS[0], height=32, width=64, num_frames=9, num_inference_steps=2, max_sequence_length=64,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
-    ).frames  # fmt: skip
-    assert video.shape == (1, 9, 3, 32, 64) and torch.isfinite(video).all()
+    pipeline = pipeline_that_samples(make_base.make_base(arguments(world, tmp_path / "base", *more)))
     assert pipeline.transformer.config.use_rotary_positional_embeddings
     assert pipeline.scheduler.config.snr_shift_scale == 1.0
 
