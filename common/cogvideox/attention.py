@@ -107,9 +107,9 @@ def control_attention_bias(
 
 
 class ControlAttnProcessor:
-    """Video tokens [B,F·S,D] attend to F control tokens [B,F,D] under a bias [F·S,F]; no rotary embedding.
+    """Video tokens [B,F·S,D] attend to control tokens [B,F·K,D] under a bias [F·S,F·K]; no rotary embedding.
 
-    Always SDPA: with F keys the product is a few hundred times smaller than self-attention, and few other
+    Always SDPA: with so few keys the product is a few hundred times smaller than self-attention, and few other
     kernels take a bias. Not cuDNN's, PyTorch's first choice on the newest GPUs: with so few keys it takes three times
     as long.
     """
@@ -123,12 +123,13 @@ class ControlAttnProcessor:
         temporal_position: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`temporal_position` [F,D], when given, tells queries and keys (not values) which frame they belong to."""
-        num_frames = encoder_hidden_states.shape[1]
         query_input, key_input = hidden_states, encoder_hidden_states
         if temporal_position is not None:
-            key_input = key_input + temporal_position
-            query_input = query_input.unflatten(1, (num_frames, -1))  # [B,F,S,D]
-            query_input = (query_input + temporal_position[:, None]).flatten(1, 2)  # [B,F·S,D]
+            num_frames = len(temporal_position)
+            query_input, key_input = (  # [B,F,S or K,D] and back
+                (tokens.unflatten(1, (num_frames, -1)) + temporal_position[:, None]).flatten(1, 2)
+                for tokens in (query_input, key_input)
+            )
 
         query, key, value = (
             projection(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B,h,·,d]

@@ -1,6 +1,7 @@
 """The Interactive Module: what a control signal is, and how video tokens attend to it.
 
-Shapes: B batch, F latent frames, S tokens per latent frame, D model width, E time embedding width.
+Shapes: B batch, F latent frames, S tokens per latent frame, K control tokens per latent frame (published: 1),
+D model width, E time embedding width.
 Source: The Matrix, arXiv 2412.03568, section 3.2 (Interactive Module).
 """
 
@@ -48,7 +49,7 @@ class ControlBlock(nn.Module):
         attention_bias: torch.Tensor,
         temporal_position: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B,F·S,D], [B,F,D], [B,E] or [B,F,E], [F·S,F], [F,D] or None → [B,F·S,D]."""
+        """[B,F·S,D], [B,F·K,D], [B,E] or [B,F,E], [F·S,F·K], [F,D] or None → [B,F·S,D]."""
         video, control, gate, _ = self.norm1(hidden_states, control_states, temb)
         attended = self.attn1(
             video,
@@ -59,14 +60,14 @@ class ControlBlock(nn.Module):
         return hidden_states + gate * attended
 
 
-def make_control_embedding(control_dim: int, dim: int) -> nn.Sequential:
-    """Control rows [B,F,control_dim] → control tokens [B,F,D]; keys `control_embedding.{0,2,4}`."""
+def make_control_embedding(control_dim: int, dim: int, tokens_per_frame: int = 1) -> nn.Sequential:
+    """Control rows [B,F,control_dim] → K control tokens a frame, [B,F,K·D]; keys `control_embedding.{0,2,4}`."""
     return nn.Sequential(
         nn.Linear(control_dim, control_dim),
         nn.SiLU(),
         nn.Linear(control_dim, dim),
         nn.SiLU(),
-        nn.Linear(dim, dim),
+        nn.Linear(dim, tokens_per_frame * dim),
     )
 
 

@@ -38,6 +38,7 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         control_zero_init: a new adapter changes nothing before it is trained.
         control_attention: "token_causal" (published) or "frame_causal"; see `control_attention_bias`.
         control_temporal_position: queries and keys of control attention carry their frame's position.
+        control_tokens_per_frame: K; with more than one, what a signal adds may differ over the picture while it holds.
         cond_proj_dim: width of the guidance-scale embedding (latent consistency models, arXiv 2310.04378).
     The defaults are the published form, so that a config.json without these fields loads as published.
     """
@@ -86,6 +87,7 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         control_zero_init: bool = True,
         control_attention: str = "token_causal",
         control_temporal_position: bool = False,
+        control_tokens_per_frame: int = 1,
         cond_proj_dim: int | None = None,
     ):
         if patch_size_t is not None or ofs_embed_dim is not None:
@@ -129,14 +131,7 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
             nn.init.zeros_(self.time_embedding.cond_proj.weight)  # starts as the model without the embedding
         self.control_embedding = self.control_blocks = None
         if control_dim is not None:
-            if not 0 <= control_start_layer < control_end_layer <= num_layers:
-                layers = f"[{control_start_layer}, {control_end_layer})"
-                raise ValueError(f"control layers {layers} do not lie within the model's {num_layers} layers")
-            self.control_embedding = make_control_embedding(control_dim, dim)
-            self.control_blocks = nn.ModuleList(
-                ControlBlock(dim, num_attention_heads, attention_head_dim, time_embed_dim, norm_eps, control_zero_init)
-                for _ in range(control_start_layer, control_end_layer)
-            )
+            self._add_control_adapter(dim)
         self.set_attn_processor(self._default_attn_processors())
         self.divide_tokens, self.gather_tokens = nn.Identity(), nn.Identity()  # where context parallelism takes hold
 
@@ -147,6 +142,21 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
             block.norm2 = FrameLayerNormZero(time_embed_dim, dim, affine, eps)
         self.norm_out = FrameAdaLayerNorm(
             time_embed_dim, output_dim=2 * dim, norm_elementwise_affine=affine, norm_eps=eps, chunk_dim=1
+        )
+
+    def _add_control_adapter(self, dim: int) -> None:
+        config = self.config
+        start, end, num_tokens = config.control_start_layer, config.control_end_layer, config.control_tokens_per_frame
+        if not 0 <= start < end <= config.num_layers:
+            raise ValueError(
+                f"control layers [{start}, {end}) do not lie within the model's {config.num_layers} layers"
+            )
+        if num_tokens < 1:
+            raise ValueError(f"control_tokens_per_frame must be 1 or more, got {num_tokens}")
+        sizes = config.num_attention_heads, config.attention_head_dim, config.time_embed_dim, config.norm_eps
+        self.control_embedding = make_control_embedding(config.control_dim, dim, num_tokens)
+        self.control_blocks = nn.ModuleList(
+            ControlBlock(dim, *sizes, config.control_zero_init) for _ in range(start, end)
         )
 
     def _default_attn_processors(self) -> dict:
@@ -190,8 +200,9 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         return self.time_embedding(projected, timestep_cond)
 
     def _control_inputs(self, control_embeds: torch.Tensor, tokens_per_frame: int, dtype: torch.dtype) -> tuple:
-        """[B,F,control_dim] → control tokens [B,F,D], bias [F·S,F], frame positions [F,D] or None."""
+        """[B,F,control_dim] → control tokens [B,F·K,D], bias [F·S,F·K], frame positions [F,D] or None."""
         num_frames, device = control_embeds.shape[1], control_embeds.device
+        num_tokens = self.config.control_tokens_per_frame
         bias = control_attention_bias(
             num_frames, tokens_per_frame, self.config.control_attention, device=device, dtype=dtype
         )
@@ -199,8 +210,9 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         if self.config.control_temporal_position:
             dim = self.config.num_attention_heads * self.config.attention_head_dim
             position = get_1d_sincos_pos_embed_from_grid(dim, torch.arange(num_frames, device=device)).to(dtype)
-        bias = self._own_tokens(bias[None], num_frames)[0]
-        return self.control_embedding(control_embeds.to(dtype)), bias, position
+        bias = self._own_tokens(bias[None], num_frames)[0].repeat_interleave(num_tokens, dim=1)
+        tokens = self.control_embedding(control_embeds.to(dtype)).unflatten(-1, (num_tokens, -1))  # [B,F,K,D]
+        return tokens.flatten(1, 2), bias, position
 
     def _own_tokens(self, tokens: torch.Tensor, num_frames: int) -> torch.Tensor:
         """[·,F·S,·] → [·,F·Sₚ,·]: of every frame the tokens that this process has; all, without context parallelism."""

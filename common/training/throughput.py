@@ -95,9 +95,10 @@ def forward_operations(config, latent_shape: Sequence[int], text_tokens: int) ->
     control_dim = getattr(config, "control_dim", None)
     if control_dim is not None:
         layers = config.control_end_layer - config.control_start_layer
-        block = 4 * video * dim**2 + 4 * frames * dim**2 + 2 * time_dim * 6 * dim
-        weights += layers * block + 2 * frames * (control_dim**2 + control_dim * dim + dim**2)
-        attention += layers * 4 * video * frames * dim
+        control = frames * config.control_tokens_per_frame  # F·K
+        block = 4 * video * dim**2 + 4 * control * dim**2 + 2 * time_dim * 6 * dim
+        weights += layers * block + 2 * frames * (control_dim**2 + control_dim * dim) + 2 * control * dim**2
+        attention += layers * 4 * video * control * dim
     return Operations(float(batch * weights), float(batch * attention))
 
 

@@ -51,6 +51,7 @@ _GUIDANCE = {
 ARMS: dict[int, dict[str, Arm]] = {
     2: {
         DEFAULT: Arm(),
+        "one control token a frame": Arm("--control_tokens_per_frame 1"),
         "without positions": Arm("--control_temporal_position False"),
         "label of the last raw frame": Arm("--control_label last"),
         "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),

@@ -48,6 +48,8 @@ class ControlSettings(ControlledSettings):
     control_end_layer: int = 30  # one past the last
     control_attention: str = "frame_causal"  # or "token_causal", the published form
     control_temporal_position: bool = True  # keys of control attention carry their frame's position
+    control_tokens_per_frame: int = 1  # control tokens of a latent frame; with one, the published form, a signal that
+    # holds adds the same to the whole picture
     control_label: str = "mean"  # of a latent frame: the mean row of its four raw frames, or that of the "last"
     control_text_encoder: PathSetting = ""  # CLIP directory or hub id; "" takes a fixed orthogonal table
     control_sentences_file: PathSetting = ""  # JSON of signal → sentence for CLIP; "" takes this file's sentences
@@ -66,6 +68,8 @@ class ControlSettings(ControlledSettings):
             raise SettingError(
                 "control_attention", f"{self.control_attention!r} is not one of 'frame_causal', 'token_causal'"
             )
+        if self.control_tokens_per_frame < 1:
+            raise SettingError("control_tokens_per_frame", f"must be 1 or more, got {self.control_tokens_per_frame}")
         if self.control_label not in LABELS:
             raise SettingError("control_label", f"{self.control_label!r} is not one of {', '.join(LABELS)}")
 
@@ -93,6 +97,7 @@ class ControlObjective(ControlledObjective):
                 control_end_layer=settings.control_end_layer,
                 control_attention=settings.control_attention,
                 control_temporal_position=settings.control_temporal_position,
+                control_tokens_per_frame=settings.control_tokens_per_frame,
             )
         except ValueError as error:
             raise UserError(f"control_start_layer, control_end_layer: {error}") from error

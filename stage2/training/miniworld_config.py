@@ -28,6 +28,7 @@ args.max_sequence_length = 64  # int: text tokens, as the mini base was made wit
 args.control_dim = 64  # int: width of a signal's row in the fixed orthogonal table (no CLIP needed)
 args.control_start_layer = 0  # int: the first layer that a control block follows
 args.control_end_layer = 6  # int: one past the last
+args.control_tokens_per_frame = 8  # int: with 1, as published, a held signal adds the same to the whole picture
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
 args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
 

@@ -33,6 +33,7 @@ args.control_start_layer = 15  # int: the first layer that a control block follo
 args.control_end_layer = 30  # int: one past the last
 args.control_attention = "frame_causal"  # str: or "token_causal", the published form
 args.control_temporal_position = True  # bool: keys of control attention carry their frame's position
+args.control_tokens_per_frame = 1  # int: 1 as published; on the mini world 8 obey far better (README), here untried
 args.control_dropout = 0.1  # float: share of samples trained with the null signal, for guidance
 args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
 args.control_text_encoder = "openai/clip-vit-large-patch14"  # str: CLIP; "" takes a fixed orthogonal table

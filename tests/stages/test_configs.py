@@ -62,6 +62,7 @@ def test_real_configs_dry_run_without_weights_or_data(config, run_program):
         ("stage1", ["--frame_buckets", "32"], r"32.*4n\+1.*29 or 33"),
         ("stage1", ["--height_buckets", "100"], r"100 is not a multiple of 16"),
         ("stage2", ["--control_start_layer", "7"], r"control_start_layer"),
+        ("stage2", ["--control_tokens_per_frame", "0"], r"control_tokens_per_frame.*1 or more"),
         ("stage2", ["--control_attention", "none"], r"frame_causal"),
         ("stage3", ["--frame_buckets", "29"], r"29 frames do not make.*4 equal groups.*17 or 33"),
         ("stage3", ["--window_frames", "65"], r"window_frames"),

@@ -32,7 +32,7 @@ CASES = {  # name → changes of the config, whether each frame has its timestep
     "sincos, one timestep": (TOKEN_CAUSAL, False),
     "sincos, per frame": (TOKEN_CAUSAL, True),
     "rotary, one timestep": ({**FRAME_CAUSAL, **ROTARY}, False),
-    "rotary, per frame": ({**FRAME_CAUSAL, **ROTARY}, True),
+    "rotary, per frame": ({**FRAME_CAUSAL, **ROTARY, "control_tokens_per_frame": 3}, True),
     "even heads, no control": ({"control_dim": None, "num_attention_heads": 6}, True),
     "all even": ({**FRAME_CAUSAL, **ROTARY, **EVEN}, True),
 }

@@ -19,6 +19,7 @@ TINY = {
     "text_embed_dim": E_TEXT, "max_text_seq_length": L, "sample_height": H, "sample_width": W, "sample_frames": 17,
 }  # fmt: skip
 CONTROL = {"control_dim": E_CONTROL, "control_start_layer": 2, "control_end_layer": 4}
+FRAME_CAUSAL = {"control_attention": "frame_causal", "control_temporal_position": True}
 
 
 def inputs(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict:
@@ -123,9 +124,11 @@ def test_few_keys_equal_repeated_keys_in_float64(form):
 
 
 @pytest.mark.parametrize("form", ["token_causal", "frame_causal"])
-def test_control_is_causal(form):
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_control_is_causal(form, num_tokens):
     """A later signal never reaches the control blocks of earlier frames (attention between frames cut off)."""
-    model = randomise(CogVideoXControlTransformer3DModel(**TINY, **CONTROL, control_attention=form))
+    more = {"control_attention": form, "control_tokens_per_frame": num_tokens}
+    model = randomise(CogVideoXControlTransformer3DModel(**TINY, **CONTROL, **more))
     with torch.no_grad():
         for block in model.transformer_blocks:
             block.attn1.to_out[0].weight.zero_()
@@ -151,6 +154,31 @@ def test_temporal_position_makes_the_order_of_commands_matter():
                 block.attn1.to_out[0].weight.zero_()
         last = [model(**inputs(dtype=torch.float64), control_embeds=r.double()).sample[:, -1] for r in (rows, swapped)]
         assert torch.allclose(*last, atol=1e-9) != differs
+
+
+def test_several_equal_control_tokens_are_as_one():
+    """In a softmax K copies of every key weigh as the keys do: the form with one token is the special case."""
+    one = randomise(CogVideoXControlTransformer3DModel(**TINY, **CONTROL, **FRAME_CAUSAL)).double()
+    many = CogVideoXControlTransformer3DModel(**TINY, **CONTROL, **FRAME_CAUSAL, control_tokens_per_frame=3).double()
+    weights = one.state_dict()
+    for name in ("control_embedding.4.weight", "control_embedding.4.bias"):
+        weights[name] = torch.cat([weights[name]] * 3)
+    many.load_state_dict(weights)
+    given = {**inputs(dtype=torch.float64), "control_embeds": control_rows().double()}
+    torch.testing.assert_close(many(**given).sample, one(**given).sample, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_tokens", "differs"), [(1, False), (3, True)])
+def test_several_control_tokens_let_a_held_signal_differ_over_the_picture(num_tokens, differs):
+    """Of one token a frame all attention can make is one vector, where every frame has the same signal."""
+    more = {**FRAME_CAUSAL, "control_tokens_per_frame": num_tokens}
+    model = randomise(CogVideoXControlTransformer3DModel(**TINY, **CONTROL, **more)).double()
+    attended = []
+    model.control_blocks[0].attn1.register_forward_hook(lambda module, given, output: attended.append(output))
+    held = control_rows().double()[:, :1].expand(-1, F, -1)
+    model(**inputs(dtype=torch.float64), control_embeds=held)
+    spread = attended[0].std(dim=1).max()  # over the tokens [B,F·S,D]
+    assert (spread > 1e-3) == differs and (differs or spread < 1e-12)
 
 
 @pytest.mark.parametrize("per_frame", [True, False], ids=["per_frame_timestep", "scalar_timestep"])
@@ -244,6 +272,7 @@ def test_attention_backend_reaches_self_attention():
     [
         ({"patch_size_t": 2}, "1.5"),
         ({"control_dim": 4, "control_start_layer": 3, "control_end_layer": 9}, "control layers"),
+        ({**CONTROL, "control_tokens_per_frame": 0}, "1 or more, got 0"),
         ({"control_dim": 4, "control_end_layer": 4, "control_start_layer": 0, "control_attention": "x"}, "token_c"),
     ],
 )

@@ -14,9 +14,10 @@ TINY = {
     "max_text_seq_length": 16, "sample_height": 4, "sample_width": 6, "sample_frames": 33,
 }  # fmt: skip
 CONTROL = {"control_dim": 8, "control_start_layer": 1, "control_end_layer": 3}
+SEVERAL_TOKENS = {**CONTROL, "control_tokens_per_frame": 3}
 
 
-@pytest.mark.parametrize("control", [{}, CONTROL], ids=["plain", "control"])
+@pytest.mark.parametrize("control", [{}, CONTROL, SEVERAL_TOKENS], ids=["plain", "control", "several control tokens"])
 def test_forward_formula_equals_torchs_counter(control):
     torch.manual_seed(0)
     model = CogVideoXControlTransformer3DModel(**TINY, **control)
