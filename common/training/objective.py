@@ -96,6 +96,14 @@ class Objective(ABC):
         """Compiles what runs in every step; called before `module` is wrapped for its processes."""
         self.module.compile()
 
+    def trained_transformers(self) -> list[nn.Module]:
+        """Those in `module`, before it is wrapped; their blocks recompute as `gradient_checkpointing` says."""
+        return [self.module] if hasattr(self.module, "transformer_blocks") else []
+
+    def learning_rate(self, name: str) -> float:
+        """Peak learning rate of a parameter of `module`; with any but the settings' the optimizer has to be AdamW."""
+        return self.settings.learning_rate
+
     def after_optimizer_step(self, step: int) -> None:
         """What follows an optimizer step, such as an EMA update. `step` counts the finished steps.
 

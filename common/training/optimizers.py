@@ -1,5 +1,6 @@
 """The optimizer, the course of its learning rate, and their state in a form that any number of processes can load."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,14 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def build_optimizer(settings: Any, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or Muon over every trained parameter, with the settings' decoupled weight decay on all of them."""
+def build_optimizer(
+    settings: Any, module: nn.Module, learning_rate: Callable[[str], float] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or Muon over every trained parameter, with the settings' decoupled weight decay on all of them.
+
+    Args:
+        learning_rate: name → peak rate of a parameter, where not all have the settings'; for AdamW alone.
+    """
     named = trained_parameters(module)
     for name, parameter in named.items():  # AdamW would round most small updates of bfloat16 weights away
         rounds = settings.optimizer == "adamw_8bit" and parameter.dtype == torch.bfloat16
@@ -36,12 +43,22 @@ def build_optimizer(settings: Any, module: nn.Module) -> torch.optim.Optimizer:
         if settings.step_in_backward:
             optimizer.step_in_backward()
         return optimizer
-    recorded = settings.cuda_graph and parameters[0].device.type == "cuda"
+    device = parameters[0].device
+    recorded = settings.cuda_graph and device.type == "cuda"
+
+    def rate_of_the_moment(rate: float) -> Tensor | float:
+        return torch.tensor(rate, device=device) if recorded else rate  # a recorded step reads it from the device
+
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        by_rate.setdefault(learning_rate(name) if learning_rate else settings.learning_rate, []).append(parameter)
+    assert len(by_rate) == 1 or settings.optimizer == "adamw"
+    if len(by_rate) > 1:
+        parameters = [{"params": group, "lr": rate_of_the_moment(rate)} for rate, group in by_rate.items()]
     kind = MuonAdamW if settings.optimizer == "muon" else torch.optim.AdamW
     return kind(
         parameters,
-        # A recorded step reads the rate of the moment from the device.
-        lr=torch.tensor(settings.learning_rate, device=parameters[0].device) if recorded else settings.learning_rate,
+        lr=rate_of_the_moment(settings.learning_rate),
         capturable=recorded,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,

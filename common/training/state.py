@@ -78,7 +78,8 @@ class TrainingState:
             for role in frozen.values():
                 shard_frozen(accelerator, role)
         # Optimizer and module go through `prepare` together: FSDP2 replaces the parameters.
-        objective.module, self.optimizer = accelerator.prepare(module, optimizers.build_optimizer(settings, module))
+        optimizer = optimizers.build_optimizer(settings, module, objective.learning_rate)
+        objective.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.parameters = optimizers.trained_parameters(objective.plain_module)
         self.lr_scheduler = optimizers.build_lr_scheduler(settings, self.optimizer.optimizer)
         if checkpoint is not None:
@@ -107,8 +108,8 @@ class TrainingState:
         weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         objective.load(accelerator.device, weight_dtype)
         module = objective.module
-        if hasattr(module, "transformer_blocks"):
-            recompute_blocks(module, settings.gradient_checkpointing)
+        for transformer in objective.trained_transformers():
+            recompute_blocks(transformer, settings.gradient_checkpointing)
         if settings.compile:
             torch._functorch.config.activation_memory_budget = settings.activation_budget
             objective.compile()

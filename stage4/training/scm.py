@@ -71,8 +71,12 @@ class SCMObjective(StreamingObjective):
     def make_roles(self) -> None:
         """The teacher in the compute type, and the target as the student begins."""
         nn.Module.to(self.teacher, self.weight_dtype)  # diffusers' own `to` warns of an empty list of float32 modules
-        self.target = copy.deepcopy(self.module).requires_grad_(False).eval()
+        self.target = copy.deepcopy(self.trained_transformers()[0]).requires_grad_(False).eval()
         nn.Module.to(self.target, torch.float32)  # a mean that moves slowly needs every digit
+
+    @property
+    def student(self) -> Callable[..., Any]:
+        return self.module
 
     def _make_scheduler(self) -> CogVideoXSwinLCMScheduler:
         config = {k: v for k, v in self.scheduler.config.items() if k != "carry_solver_history"}  # jumps have none
@@ -137,7 +141,7 @@ class SCMObjective(StreamingObjective):
             solved = ddim_step(noisy, teacher_x0, timesteps, solver, self.alphas)  # x_s
             with self.autocast():
                 target = self._jump(self.target, solved, solver, boundary, batch.prompt_embeds, control_embeds, more)
-        jumped = self._jump(self.module, noisy, timesteps, boundary, batch.prompt_embeds, control_embeds, more)
+        jumped = self._jump(self.student, noisy, timesteps, boundary, batch.prompt_embeds, control_embeds, more)
         c = self.settings.huber_c
         return ((jumped - target).square() + c**2).sqrt().sub(c).mean(dim=(2, 3, 4))
 
@@ -206,7 +210,7 @@ class SCMObjective(StreamingObjective):
             following = self._lower(timesteps, is_condition, self.student_scheduler.solver_timestep)
             x0 = self._teacher_x0(solved, timesteps, batch.prompt_embeds, rows, scale)
             solved, timesteps = ddim_step(solved, x0, timesteps, following, self.alphas), following
-        jumped = self._jump(self.module, noisy, tops, boundary, batch.prompt_embeds, rows, more)
+        jumped = self._jump(self.student, noisy, tops, boundary, batch.prompt_embeds, rows, more)
         error = (jumped - solved)[:, 1:].square().mean(dim=(0, 2, 3, 4)).unflatten(0, (G, -1)).mean(dim=1)  # [G]
         return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(error)}}
 
@@ -219,7 +223,7 @@ class SCMObjective(StreamingObjective):
         return super().step_flops(batch) + (1 + branches) * forward_flops(self.plain_module.config, *sizes)
 
     def compile(self) -> None:
-        for role in (self.module, self.target, self.teacher):
+        for role in (*self.trained_transformers(), self.target, self.teacher):
             compile_blocks(role)
 
     def after_optimizer_step(self, step: int) -> None:

@@ -23,13 +23,14 @@ LAYOUTS = {"ddp": 2, "fsdp2": 4, "ddp again": 6}  # each goes on from the checkp
 BF16_STAGES = (1, 2, 4)  # those that have frozen weights, of another type than the trained ones
 MOST = 1000  # steps from one validation or checkpoint to the next: there is one at the end
 LORA = ("--rank", "8", "--max_train_steps", "2", "--validation_steps", "0")  # of stage 4
+ROLLOUT = ("--validation_steps", "0", "--rollouts_per_stream", "2", "--ema_decay", "0.9")  # stage 4's second part
 PROMPT = "A red car drives along a sandy desert road."
 
 
 class Runs:
     """All stages as two processes, started once, have trained them."""
 
-    def __init__(self, root: Path, world: Path, bases: dict[int, Path | str]):
+    def __init__(self, root: Path, world: Path, bases: dict[int | str, Path | str]):
         self.root, self.world, self.bases = root, world, bases
         self.plan, self.names = [], []
         for stage in STAGES:
@@ -50,14 +51,20 @@ class Runs:
             more = ["--max_train_steps", str(LAYOUTS[layout]), "--validation_steps", "0", "--optimizer", "adamw_8bit"]
             self._add(3, f"{layout} 8bit", *more, "--resume_from_checkpoint", previous)
 
+        previous = "none"
+        for layout, last_step in LAYOUTS.items():
+            resume = ["--resume_from_checkpoint", previous, "--max_train_steps", str(last_step)]
+            self._add(4, f"{layout} rollout", *resume, *ROLLOUT)
+            previous = str(self.output_dir(4, f"{layout} rollout") / f"checkpoint-{last_step}")
         more = ["--max_train_steps", "2", "--validation_steps", "0"]
         self._add(3, "fsdp2 compiled", *more, "--compile", "True", "--gradient_checkpointing", "2")
 
     def output_dir(self, stage: int, name: str) -> Path:
         return self.root / f"stage{stage} {name}"
 
-    def config(self, stage: int) -> str:
-        return str(ROOT / f"stage{stage}" / "training" / "miniworld_config.py")
+    def config(self, stage: int, name: str = "") -> str:
+        kind = "miniworld_self_rollout_config.py" if "rollout" in name else "miniworld_config.py"
+        return str(ROOT / f"stage{stage}" / "training" / kind)
 
     def words(self, stage: int, name: str, *more: str) -> list[str]:
         paths = {
@@ -70,6 +77,7 @@ class Runs:
         words += ["--frame_buckets", "17", *(["--validation_control", "D*17"] if stage > 1 else [])]
         words += ["--lr_scheduler", "constant_with_warmup", "--num_validation_clips", "1", "--max_grad_norm", "0.1"]
         words += ["--checkpointing_steps", str(MOST)]
+        words += ["--student_model_name_or_path", str(self.bases["student"])] if "rollout" in name else []
         return [
             *words,
             "--validation_prompts",
@@ -83,7 +91,8 @@ class Runs:
         layout, precision = name.split()[0], "bf16" if "bf16" in name else "no"
         words = self.words(stage, name, "--train_batch_size", "1", *words)
         self.names.append((stage, name))
-        self.plan.append({"config": self.config(stage), "words": words, "layout": layout, "mixed_precision": precision})
+        config = self.config(stage, name)
+        self.plan.append({"config": config, "words": words, "layout": layout, "mixed_precision": precision})
 
     def launch(self) -> None:
         path = self.root / "plan.json"
@@ -107,7 +116,7 @@ class Runs:
         name: str = "one process",
         more: tuple[str, ...] = ("--max_train_steps", "6", "--validation_steps", "4"),
     ) -> Path:
-        settings = load_settings(self.config(stage), self.words(stage, name, "--train_batch_size", "2", *more))
+        settings = load_settings(self.config(stage, name), self.words(stage, name, "--train_batch_size", "2", *more))
         Trainer(settings, settings.build_objective()).train()  # once: what is finished is left as it is
         return Path(settings.output_dir)
 
@@ -115,6 +124,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_base, tiny_models, tiny_world) -> Runs:
     bases = {1: tiny_base, 2: tiny_base, 3: tiny_models / "stage2", 4: tiny_models / "stage3"}
+    bases["student"] = tiny_models / "stage4"
     runs = Runs(tmp_path_factory.mktemp("runs"), tiny_world, bases)
     runs.launch()
     return runs
@@ -143,6 +153,17 @@ def test_ddp_and_fsdp2_go_on_from_each_other_and_train_like_one_process_with_twi
     for name in ("weights", "optimizer", *(["target"] if stage == 4 else [])):
         last = [d / "checkpoint-6" / f"{name}.safetensors" for d in (one, runs.output_dir(stage, "ddp again"))]
         assert difference(*last) < 1e-5, name
+
+
+def test_streams_go_on_in_whatever_processes_there_are(runs):
+    """Self-rollout's streams are a state like weights: under DDP and FSDP2 in turn as in one process."""
+    one = runs.in_one_process(4, "one process rollout", ("--max_train_steps", "6", *ROLLOUT))
+    for name in ("loss", "critic_loss", "grad_norm"):
+        parts = [logged(runs.output_dir(4, f"{layout} rollout"), name) for layout in LAYOUTS]
+        assert {k: v for part in parts for k, v in part.items()} == pytest.approx(logged(one, name), rel=1e-4)
+    for name in ("weights", "optimizer", "target", "streams"):
+        last = [d / "checkpoint-6" / f"{name}.safetensors" for d in (one, runs.output_dir(4, "ddp again rollout"))]
+        assert difference(*last) < 1e-4, name
 
 
 @pytest.mark.parametrize("stage", STAGES)
