@@ -6,10 +6,11 @@
 #
 # The same command goes on where it was stopped. Lengths are set by variables, here with their defaults:
 #   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=12300 STAGE3_STEPS=20700 STAGE4_STEPS=6000
-#   BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding) GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
+#   ROLLOUT_STEPS=4000 BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding)
+#   GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
-# On one H200 a step takes 18 ms for the base, 16, 14, 19 and 30 ms in stages 1 to 4: 25 minutes of training by these times,
-# and nine of the VAE, beside drawing and encoding. As a whole the script has run on CPUs alone.
+# On one H200 a step takes 18 ms for the base, 16, 15, 19 and 30 ms in stages 1 to 4, and 54 in self-rollout: 28 minutes
+# of training by these times, and nine of the VAE, beside drawing and encoding. As a whole it has run on CPUs alone.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -20,6 +21,7 @@ out=${1:-outputs/miniworld_gpu}
 world=$out/world
 : "${CLIPS:=3000}" "${VAE_STEPS:=4000}" "${BASE_STEPS:=30000}" "${BATCH_SIZE:=64}" "${PROCESSES:=8}"
 : "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=12300}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
+: "${ROLLOUT_STEPS:=4000}"
 : "${GPU_OPTIONS=--mixed_precision bf16 --compile --cuda_graph}"
 precision=()
 [[ $GPU_OPTIONS != *bf16* ]] || precision=(--mixed_precision bf16)
@@ -61,10 +63,11 @@ encode 33 3
 encode 97 1 # whole clips, from which stages 3 and 4 cut their windows
 
 # stage NUMBER STEPS MODEL CACHED_FRAMES WINDOWS ARGUMENT...
+# With the config CONFIG and into NAME where they are not the stage's own.
 stage() {
     # shellcheck disable=SC2086  # a list of words
-    python -m common.tools.train --config "stage$1/training/miniworld_config.py" --max_train_steps "$2" \
-        --pretrained_model_name_or_path "$3" --output_dir "$out/stage$1" --data_root "$world" \
+    python -m common.tools.train --config "stage$1/training/${CONFIG:-miniworld_config}.py" --max_train_steps "$2" \
+        --pretrained_model_name_or_path "$3" --output_dir "$out/${NAME:-stage$1}" --data_root "$world" \
         --index_file "$world/index.json" --validation_index_file "$world/heldout.json" \
         --latent_cache_dir "$out/latents$4" --frame_buckets "$4" --windows_per_clip "$5" \
         --train_batch_size "$BATCH_SIZE" --lr_scheduler cosine --lr_warmup_steps "$(($2 / 20 + 1))" \
@@ -82,7 +85,10 @@ stage 3 "$STAGE3_STEPS" "$out/stage2" 97 1 --window_frames 17 33 --optimizer muo
     --offset_noise 0.3
 stage 4 "$STAGE4_STEPS" "$out/stage3" 97 1 --optimizer muon --learning_rate 2.5e-4 --window_frames 17 33 \
     --offset_noise 0.3
+CONFIG=miniworld_self_rollout_config NAME=stage4_rollout stage 4 "$ROLLOUT_STEPS" "$out/stage3" 97 1 \
+    --student_model_name_or_path "$out/stage4" --window_frames 17 33 --train_batch_size "$(((BATCH_SIZE + 1) / 2))" \
+    --lr_scheduler constant_with_warmup --lr_warmup_steps 100
 
 echo "done; pack what is to be shipped:"
 echo "  python -m data.miniworld.pack_weights --output_dir data/miniworld/weights base=$BASE \\"
-echo "    stage1=$out/stage1 stage2=$out/stage2 stage3=$out/stage3 stage4=$out/stage4"
+echo "    stage1=$out/stage1 stage2=$out/stage2 stage3=$out/stage3 stage4=$out/stage4_rollout"

@@ -111,8 +111,9 @@ def settings_classes() -> list[type]:
     from stage2.training.control import ControlSettings
     from stage3.training.swin_dpm import SwinDPMSettings
     from stage4.training.scm import SCMSettings
+    from stage4.training.self_rollout_settings import SelfRolloutSettings
 
-    return [LoraSettings, ControlSettings, SwinDPMSettings, SCMSettings]
+    return [LoraSettings, ControlSettings, SwinDPMSettings, SCMSettings, SelfRolloutSettings]
 
 
 @pytest.mark.parametrize("settings_class", settings_classes(), ids=lambda c: c.__name__)

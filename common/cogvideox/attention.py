@@ -140,7 +140,7 @@ class ControlAttnProcessor:
             )
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
-        # The fused kernels' backward is slow with so few keys: 1.4 ms a layer.
+        # The fused kernels' backward is slow with so few keys: 1.4 ms a layer, measured with one a frame.
         kernels = SDPBackend.MATH if torch.is_grad_enabled() and query.requires_grad else NOT_CUDNN
         with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
             tokens = nnf.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)  # [B,h,F·S,d]

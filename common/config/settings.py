@@ -161,6 +161,10 @@ class TrainingSettings:
                 )
         refuse_unwritable(self.output_dir, "output_dir")
 
+    def starting_models(self) -> list[str]:
+        """Every directory or hub id whose weights the run starts from."""
+        return [self.pretrained_model_name_or_path]
+
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, as plain values that JSON can hold."""
         return dataclasses.asdict(self)

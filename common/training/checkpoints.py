@@ -175,10 +175,11 @@ def check_same_run(where: Path, saved: dict[str, Any], settings: Any) -> None:
 def base_digest(settings: Any) -> str | None:
     """A hash of the weights that the run starts from, wherever they lie; None for a hub id, which stays as it is.
 
-    It costs reading 1 GB of a file at most (see fingerprint.py), whatever the model's size.
+    It costs reading 1 GB of a file at most (see fingerprint.py), whatever the models' sizes.
     """
-    transformer = Path(settings.pretrained_model_name_or_path) / "transformer"
-    return f"{DIGEST_FORMAT}:{component_digest(transformer)}" if transformer.is_dir() else None
+    transformers = [Path(model) / "transformer" for model in settings.starting_models()]
+    digests = [component_digest(transformer) for transformer in transformers if transformer.is_dir()]
+    return f"{DIGEST_FORMAT}:{'+'.join(digests)}" if digests else None
 
 
 def check_same_base(where: Path, saved: dict[str, Any], digest: str | None, settings: Any) -> None:
@@ -191,8 +192,8 @@ def check_same_base(where: Path, saved: dict[str, Any], digest: str | None, sett
     before, now = ((text or "").partition(":") for text in (saved.get("base"), digest))
     if before != now and before[0] == now[0]:  # an earlier version's cannot be compared
         raise UserError(
-            f"{where} was trained from {settings.pretrained_model_name_or_path}, whose transformer has changed since; "
-            f"to train anew remove {settings.output_dir} or choose another output_dir"
+            f"{where} was trained from {' and '.join(settings.starting_models())}, whose transformer has changed "
+            f"since; to train anew remove {settings.output_dir} or choose another output_dir"
         )
 
 

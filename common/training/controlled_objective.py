@@ -160,6 +160,13 @@ class StreamingObjective(ControlledObjective):
 
     default_transformer = (CogVideoXControlTransformer3DModel, {"control_dim": 768})
 
+    def window_length(self, batch: EncodedBatch, rng: SampleRandom | None) -> int:
+        """Latent frames of this step's windows: drawn, without `rng` the most."""
+        lengths = sorted((frames - 1) // VAE_TIME_FACTOR + 1 for frames in self.settings.window_frames)
+        if not lengths:
+            return batch.latents.shape[1]
+        return lengths[-1 if rng is None else rng.shared_randint(0, len(lengths))]
+
     def cut_window(self, batch: EncodedBatch, rng: SampleRandom | None) -> EncodedBatch:
         """A window from each clip at a random offset, all of one length; without `rng` the longest from each start.
 
@@ -167,8 +174,7 @@ class StreamingObjective(ControlledObjective):
         """
         if not self.settings.window_frames:
             return batch
-        lengths = sorted((frames - 1) // VAE_TIME_FACTOR + 1 for frames in self.settings.window_frames)
-        length = lengths[-1 if rng is None else rng.shared_randint(0, len(lengths))]
+        length = self.window_length(batch, rng)
         last = batch.latents.shape[1] - length
         rows = torch.arange(len(batch), device=self.device)[:, None]  # [B,1]
         offsets = torch.zeros_like(rows) if rng is None else rng.randint(0, last + 1)[:, None]

@@ -97,11 +97,12 @@ class Objective(ABC):
         self.module.compile()
 
     def trained_transformers(self) -> list[nn.Module]:
-        """Those in `module`, before it is wrapped; their blocks recompute as `gradient_checkpointing` says."""
+        """Those in `module`, before it is wrapped, that of the result first; their blocks recompute as
+        `gradient_checkpointing` says."""
         return [self.module] if hasattr(self.module, "transformer_blocks") else []
 
     def learning_rate(self, name: str) -> float:
-        """Peak learning rate of a parameter of `module`; with any but the settings' the optimizer has to be AdamW."""
+        """Peak learning rate of a parameter of `module`. Several are for AdamW, in any form, and not for Muon."""
         return self.settings.learning_rate
 
     def after_optimizer_step(self, step: int) -> None:

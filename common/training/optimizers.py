@@ -22,43 +22,39 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def build_optimizer(
-    settings: Any, module: nn.Module, learning_rate: Callable[[str], float] | None = None
-) -> torch.optim.Optimizer:
+def build_optimizer(settings: Any, module: nn.Module, learning_rate: Callable[[str], float]) -> torch.optim.Optimizer:
     """AdamW or Muon over every trained parameter, with the settings' decoupled weight decay on all of them.
 
     Args:
-        learning_rate: name → peak rate of a parameter, where not all have the settings'; for AdamW alone.
+        learning_rate: name → peak rate of a parameter; Muon has one for all.
     """
     named = trained_parameters(module)
     for name, parameter in named.items():  # AdamW would round most small updates of bfloat16 weights away
         rounds = settings.optimizer == "adamw_8bit" and parameter.dtype == torch.bfloat16
         assert rounds or parameter.dtype == torch.float32, f"{name} is trained in {parameter.dtype}; cast it to float32"
-    parameters = list(named.values())
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        by_rate.setdefault(learning_rate(name), []).append(parameter)
+    assert len(by_rate) == 1 or settings.optimizer != "muon"
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
     if settings.optimizer == "adamw_8bit":
         betas = settings.adam_beta1, settings.adam_beta2
         optimizer = LowPrecisionAdamW(
-            parameters, settings.learning_rate, betas, settings.adam_epsilon, settings.weight_decay
+            groups, settings.learning_rate, betas, settings.adam_epsilon, settings.weight_decay
         )
         if settings.step_in_backward:
             optimizer.step_in_backward()
         return optimizer
-    device = parameters[0].device
+    device = groups[0]["params"][0].device
     recorded = settings.cuda_graph and device.type == "cuda"
-
-    def rate_of_the_moment(rate: float) -> Tensor | float:
-        return torch.tensor(rate, device=device) if recorded else rate  # a recorded step reads it from the device
-
-    by_rate: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in named.items():
-        by_rate.setdefault(learning_rate(name) if learning_rate else settings.learning_rate, []).append(parameter)
-    assert len(by_rate) == 1 or settings.optimizer == "adamw"
-    if len(by_rate) > 1:
-        parameters = [{"params": group, "lr": rate_of_the_moment(rate)} for rate, group in by_rate.items()]
-    kind = MuonAdamW if settings.optimizer == "muon" else torch.optim.AdamW
+    if recorded:  # a recorded step reads the rate of the moment from the device
+        groups = [{**group, "lr": torch.tensor(group["lr"], device=device)} for group in groups]
+    kind, parameters = torch.optim.AdamW, groups
+    if settings.optimizer == "muon":
+        kind, parameters = MuonAdamW, groups[0]["params"]
     return kind(
         parameters,
-        lr=rate_of_the_moment(settings.learning_rate),
+        lr=groups[0]["lr"],
         capturable=recorded,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,

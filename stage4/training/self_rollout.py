@@ -16,6 +16,7 @@ streams: self forcing, arXiv 2506.08009, and rolling forcing, arXiv 2509.25161.
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from common.cogvideox.guidance import guidance_branches
-from common.cogvideox.noise_schedule import group_size, mix_noise, predict_x0
+from common.cogvideox.noise_schedule import CLEAN, group_size, mix_noise, predict_x0
 from common.cogvideox.pipeline_io import component_config, load_component, read_model_index
 from common.cogvideox.scheduler import CogVideoXSwinLCMScheduler
+from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.training.ema import update_ema
 from common.training.encoding import EncodedBatch
@@ -67,6 +69,7 @@ class SelfRolloutObjective(SCMObjective):
         streams: those of each window length, across steps.
     """
 
+    adds_to_base = True  # the student as it was is read again for the result
     settings: SelfRolloutSettings
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
@@ -77,32 +80,52 @@ class SelfRolloutObjective(SCMObjective):
         return StudentAndCritic(student, critic)
 
     def _student_as_it_was(self) -> nn.Module:
-        return load_component(Path(self.settings.student_model_name_or_path), "transformer")
+        return load_component(Path(self.settings.student_model_name_or_path), "transformer", torch.float32)
 
     def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
         super().check_base(base, index, config)
+        if component_config(base, "scheduler", index)[1].get("condition_timestep", CLEAN) != CLEAN:
+            raise UserError(f"{base} was trained with condition_timestep; self-rollout knows clean conditions alone")
         student = Path(self.settings.student_model_name_or_path)
-        if not student.is_dir():
-            return  # a dry run needs none
+        if student.is_dir():  # a dry run needs none
+            self._check_student(student, config)
+
+    def _check_student(self, student: Path, teacher: dict[str, Any]) -> None:
+        """UserError unless it is a distilled model of the same transformer, groups and phases."""
         index = read_model_index(student, expected=self.base_pipeline)
-        kind, (_, scheduler) = index["scheduler"][1], component_config(student, "scheduler", index)
+        kind = index["scheduler"][1]
         if kind != CogVideoXSwinLCMScheduler.__name__:
             raise UserError(
                 f"{student} is not distilled (its scheduler is a {kind}); here belongs stage 4's output_dir"
             )
+        scheduler = component_config(student, "scheduler", index)[1]
         for name in ("num_noise_groups", "phases_per_group"):
             if scheduler[name] != getattr(self.settings, name):
                 raise SettingError(
                     name, f"is {getattr(self.settings, name)}; {student} was made with {scheduler[name]}"
                 )
+        with torch.device("meta"):  # complete: an older config.json lacks what has its default
+            config, teacher = (
+                CogVideoXControlTransformer3DModel.from_config(part).config
+                for part in (component_config(student, "transformer", index)[1], teacher)
+            )
+        differences = [name for name in config if not name.startswith("_") and config[name] != teacher[name]]
+        if differences:
+            raise UserError(
+                f"{student} is no student of this teacher: their transformers differ in {', '.join(differences)}"
+            )
 
     def make_roles(self) -> None:
         super().make_roles()
         self.streams = StreamsByLength()
 
     @property
-    def student(self) -> Any:
+    def student(self) -> Callable[..., Any]:
         return partial(self.module, "student")
+
+    @property
+    def critic(self) -> Callable[..., Any]:
+        return partial(self.module, "critic")
 
     def trained_transformers(self) -> list[nn.Module]:
         return [self.module.student, self.module.critic]
@@ -123,7 +146,7 @@ class SelfRolloutObjective(SCMObjective):
         """
         settings, shape = self.settings, batch.latents.shape[2:]
         T, G, m = self.num_train_timesteps, settings.num_noise_groups, settings.phases_per_group
-        F = self.cut_window(batch, rng).latents.shape[1]
+        F = self.window_length(batch, rng)
         W = group_size(F, G)
         if F not in self.streams:
             self.streams[F] = Streams.none_yet(batch, F)
@@ -158,7 +181,7 @@ class SelfRolloutObjective(SCMObjective):
         noised = torch.cat([latents[:, :1], mix_noise(latents[:, 1:], again, tops, self.alphas)], dim=1)
         kept.copy_(streams.go_on(starts, torch.where(per_frame(starts), noised, latents), finished, piece))
         was_told = torch.where(streams.is_live[:, None, None], torch.cat(signals, dim=1), streams.signals[:, :F])
-        was_told = torch.where(starts[:, None, None], told, was_told)
+        was_told = torch.where(starts[:, None, None], streams.told(starts * 0, streams.finished)[0], was_told)
         return Made(made, ~is_condition, streams.prompt, self.vocabulary.frame_rows(was_told))
 
     def _window_top(self, step: int, num_frames: int) -> Tensor:
@@ -181,7 +204,7 @@ class SelfRolloutObjective(SCMObjective):
         noisy = mix_noise(latents, rng.normal(latents.shape[1:]), timesteps, self.alphas)
         with torch.no_grad():
             real = self._teacher_x0(noisy, timesteps, made.prompt, made.rows, None)
-            output = self.predict(partial(self.module, "critic"), noisy, timesteps, made.prompt, made.rows).float()
+            output = self.predict(self.critic, noisy, timesteps, made.prompt, made.rows).float()
             gap = predict_x0(noisy, output, timesteps, self.alphas) - real
             gap = gap / (latents - real).abs().mean(dim=(2, 3, 4), keepdim=True).clamp(min=1e-3)
         error = 0.5 * (made.latents - (latents - gap)).square().mean(dim=(2, 3, 4))  # [B,F]
@@ -194,7 +217,7 @@ class SelfRolloutObjective(SCMObjective):
         timesteps = rng.randint(0, self.num_train_timesteps)[:, None].expand(latents.shape[:2])  # [B,F]
         noise = rng.normal(latents.shape[1:])
         noisy = mix_noise(latents, noise, timesteps, self.alphas)
-        output = self.predict(partial(self.module, "critic"), noisy, timesteps, made.prompt, made.rows)
+        output = self.predict(self.critic, noisy, timesteps, made.prompt, made.rows)
         return self.velocity_error(output, latents, noise, timesteps).mean()
 
     def step_flops(self, batch: EncodedBatch) -> float:
@@ -215,10 +238,9 @@ class SelfRolloutObjective(SCMObjective):
     def exported(self) -> nn.Module:
         """The target, drawn back towards the student as it was: `learnt_share` of the way is gone.
 
-        Half of the way keeps nearly all of the steadiness and loses little of what distillation had.
+        A part of the way keeps most of the steadiness and loses little of what distillation had.
         """
-        exported = copy.deepcopy(self.target)
-        before = self._student_as_it_was().state_dict()
+        exported, target = self._student_as_it_was(), dict(self.target.named_parameters())
         for name, weight in exported.named_parameters():
-            weight.copy_(before[name].to(weight).lerp(weight, self.settings.learnt_share))
+            weight.lerp_(target[name].to(weight), self.settings.learnt_share)
         return exported

@@ -2,8 +2,11 @@
 
 Command:   bash stage4/train_text_to_video_scm.sh --config stage4/training/self_rollout_config.py
 Needs:     stage 4's output_dir as the student and stage 3's as the teacher.
-Hardware:  student, critic and the student's average in float32, the teacher in bf16; a step has four forwards of the
-           student, with their backward. Tried on the mini world alone.
+Hardware:  student and critic with their moments, the student's average in float32, the teacher in bf16: by count 76 GB
+           before activations, with --optimizer adamw_8bit --trained_weights bfloat16 36. A step has four forwards of
+           the student, with their backward. Of clips only signals and captions matter, so a latent cache saves most
+           of the rest. Tried on the mini world alone. Stage 3 has to have been trained with window_frames: it judges
+           clips whose first latent is of four frames.
 Expect:    `score_gap` falls as what streams look like comes nearer to what the teacher knows; `validation/loss`, the
            distance from the teacher's own path, may rise a little.
 Next:      python stage4/inference.py --model_path outputs/stage4_rollout --control "D*160" --output drive.mp4
@@ -39,15 +42,15 @@ args.held_share = 0.5  # float: share of streams that hold one signal for as lon
 
 # --- matching of distributions
 args.teacher_guidance_scale = 6.0  # float: the teacher's guidance on text; 1 for none
-args.teacher_control_guidance_scale = 1.0  # float: on control; more makes contrasts too strong
+args.teacher_control_guidance_scale = 3.0  # float: on control; 1 for none, which obeys less and looks truer
 args.critic_learning_rate = 2e-5  # float: peak learning rate of the critic, which has to keep up with the student
 args.ema_decay = 0.99  # float: decay per step of the student's average
-args.learnt_share = 0.5  # float: of the exported weights; the rest is the student as it was
+args.learnt_share = 0.3  # float: of the average in what is exported; the rest is the student as it was
 
 # --- optimisation
 args.train_batch_size = 1  # int: samples per GPU and micro-step
 args.gradient_accumulation_steps = 1  # int: micro-steps per optimizer step
-args.max_train_steps = 2_500  # int: optimizer steps of the whole run
+args.max_train_steps = 4_000  # int: optimizer steps of the whole run
 args.learning_rate = 5e-6  # float: peak learning rate of the student
 args.lr_scheduler = "cosine"  # str: the learning rate's course
 args.lr_warmup_steps = 100  # int: optimizer steps over which it rises from zero

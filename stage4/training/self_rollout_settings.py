@@ -1,5 +1,6 @@
 """Settings of stage 4's second part, and which values go together."""
 
+import os
 from dataclasses import dataclass
 
 from common.config.errors import SettingError
@@ -10,22 +11,37 @@ from stage4.training.scm_settings import SCMSettings
 
 @dataclass
 class SelfRolloutSettings(SCMSettings):
-    """Settings of self-rollout: stage 4's, of which the solver's and the Huber constant have no effect here."""
+    """Settings of self-rollout: stage 4's, and its own.
+
+    Of stage 4's these do nothing here: `huber_c`, `continuous_offsets`, `uniform_timestep_share`, `control_dropout`,
+    and those of a LoRA. `num_solver_steps` is that of the validation loss, and goes into the exported scheduler.
+    """
+
+    ema_decay: float = 0.99  # decay per step of the student's average
 
     student_model_name_or_path: PathSetting = ""  # stage 4's output_dir, the student to go on from
-    critic_learning_rate: float = 2e-5  # peak learning rate of the critic, which has to keep up with the student
+    critic_learning_rate: float = 2e-5  # peak learning rate of the critic, which has to keep up with the student;
+    # max_grad_norm holds for both gradients together
     rollouts_per_stream: float = 24.0  # mean number of steps, each of a window's frames, before a stream begins anew
     live_share: float = 0.5  # share of streams that are told the newest signal for all frames in noise
     held_share: float = 0.5  # share of streams that hold one signal for as long as they last
-    learnt_share: float = 0.5  # of the exported weights; the rest is the student as it was (WiSE-FT, arXiv 2109.01903)
+    learnt_share: float = (
+        0.3  # of the average in what is exported (sample videos have all of it); the rest is the student
+    )
+    # as it was (WiSE-FT, arXiv 2109.01903)
 
     def validate(self) -> None:
         super().validate()
         if self.rank or self.cond_proj_dim is not None:
             name = "rank" if self.rank else "cond_proj_dim"
             raise SettingError(name, "is for distillation; self-rollout trains whole students of fixed guidance")
-        if self.optimizer != "adamw":
-            raise SettingError("optimizer", f"is {self.optimizer!r}; self-rollout, with two rates, needs 'adamw'")
+        if self.optimizer == "muon":
+            raise SettingError("optimizer", "is 'muon'; self-rollout, with two rates, needs 'adamw' or 'adamw_8bit'")
+        if self.offset_noise:
+            raise SettingError("offset_noise", "is for distillation; streams deviate by themselves: leave it at 0")
+        for name in ("height_buckets", "width_buckets"):
+            if len(getattr(self, name)) > 1:
+                raise SettingError(name, f"is {getattr(self, name)}; streams that go on have one size: give one")
         if self.gradient_accumulation_steps != 1:
             raise SettingError("gradient_accumulation_steps", "must be 1: streams go on from step to step")
         if not self.critic_learning_rate > 0:
@@ -38,10 +54,15 @@ class SelfRolloutSettings(SCMSettings):
 
     def check_files(self) -> None:
         super().check_files()
-        if not self.student_model_name_or_path:
-            raise SettingError(
-                "student_model_name_or_path", "is not set; give the output_dir of stage 4's distillation"
-            )
+        student = self.student_model_name_or_path
+        if not os.path.isdir(student):
+            what = f"{student} is no directory" if student else "is not set"
+            raise SettingError("student_model_name_or_path", f"{what}; give the output_dir of stage 4's distillation")
+        if os.path.realpath(student) == os.path.realpath(self.output_dir):
+            raise SettingError("output_dir", f"{student} is the student to go on from; choose another directory")
+
+    def starting_models(self) -> list[str]:
+        return [*super().starting_models(), self.student_model_name_or_path]
 
     def build_objective(self) -> Objective:
         from stage4.training.self_rollout import SelfRolloutObjective  # which reads these settings

@@ -56,6 +56,8 @@ class Runs:
             resume = ["--resume_from_checkpoint", previous, "--max_train_steps", str(last_step)]
             self._add(4, f"{layout} rollout", *resume, *ROLLOUT)
             previous = str(self.output_dir(4, f"{layout} rollout") / f"checkpoint-{last_step}")
+            if layout in ("ddp", "fsdp2"):
+                self._add(4, f"{layout} rollout bf16", *ROLLOUT, "--max_train_steps", "2")
         more = ["--max_train_steps", "2", "--validation_steps", "0"]
         self._add(3, "fsdp2 compiled", *more, "--compile", "True", "--gradient_checkpointing", "2")
 
@@ -164,6 +166,13 @@ def test_streams_go_on_in_whatever_processes_there_are(runs):
     for name in ("weights", "optimizer", "target", "streams"):
         last = [d / "checkpoint-6" / f"{name}.safetensors" for d in (one, runs.output_dir(4, "ddp again rollout"))]
         assert difference(*last) < 1e-4, name
+    sharded = runs.output_dir(4, "fsdp2 rollout") / "transformer"
+    part = (
+        runs.in_one_process(4, "one process rollout, four steps", ("--max_train_steps", "4", *ROLLOUT)) / "transformer"
+    )
+    assert difference(*(next(path.glob("*.safetensors")) for path in (part, sharded))) < 1e-4  # gathered whole
+    ddp, sharded = (logged(runs.output_dir(4, f"{layout} rollout bf16"), "loss") for layout in ("ddp", "fsdp2"))
+    assert sharded == pytest.approx(ddp, rel=0.01) and len(ddp) == 2
 
 
 @pytest.mark.parametrize("stage", STAGES)
