@@ -18,7 +18,6 @@ class SelfRolloutSettings(SCMSettings):
     """
 
     ema_decay: float = 0.99  # decay per step of the student's average
-
     student_model_name_or_path: PathSetting = ""  # stage 4's output_dir, the student to go on from
     critic_learning_rate: float = 2e-5  # peak learning rate of the critic, which has to keep up with the student;
     # max_grad_norm holds for both gradients together
@@ -26,9 +25,9 @@ class SelfRolloutSettings(SCMSettings):
     live_share: float = 0.5  # share of streams that are told the newest signal for all frames in noise
     held_share: float = 0.5  # share of streams that hold one signal for as long as they last
     learnt_share: float = (
-        0.3  # of the average in what is exported (sample videos have all of it); the rest is the student
+        0.3  # share of the average in what is exported, the rest being the student as it was (WiSE-FT,
     )
-    # as it was (WiSE-FT, arXiv 2109.01903)
+    # arXiv 2109.01903); the sample videos are of the average alone
 
     def validate(self) -> None:
         super().validate()
