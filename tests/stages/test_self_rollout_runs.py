@@ -55,6 +55,25 @@ def test_a_resumed_run_equals_an_unbroken_one_and_leaves_a_stage_4(tiny_stages, 
     assert chunk.shape == (9, 32, 64, 3)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_8bit --step_in_backward"])
+def test_student_and_critic_move_by_their_own_rates(tiny_stages, stage4, tmp_path, optimizer):
+    """After one step of AdamW no weight has moved further than its rate (but for rounding), and most as far."""
+    words = f"--max_train_steps 1 --validation_steps 0 --lr_scheduler constant --weight_decay 0 --optimizer {optimizer}"
+    rates = {"student": 1e-2, "critic": 4e-2}
+    words += f" --learning_rate {rates['student']} --critic_learning_rate {rates['critic']}"
+    words += " --teacher_control_guidance_scale 3"  # or the scores would not differ before the critic has learnt
+    run = train(tiny_stages, stage4, tmp_path / "run", *words.split())
+    trained = load_file(run / "checkpoint-1" / "weights.safetensors")
+    for role, base in (("student", stage4), ("critic", stage4.with_name("stage3"))):
+        before = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+        moved = torch.cat([(trained[f"{role}.{name}"].float() - before[name]).abs().flatten() for name in before])
+        assert moved.max() < 1.1 * rates[role] and moved.median() > 0.5 * rates[role], (
+            role,
+            moved.max(),
+            moved.median(),
+        )
+
+
 def test_a_recorded_step_finds_its_streams_where_they_were(tiny_stages, stage4, tiny_models, tmp_path):
     """On the CPU nothing is replayed, but the step works in the same fixed memory as on a GPU."""
     objective, batch = load(tiny_models), random_batch(B, F, C, H, W)
