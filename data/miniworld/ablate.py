@@ -52,6 +52,7 @@ ARMS: dict[int, dict[str, Arm]] = {
     2: {
         DEFAULT: Arm(),
         "one control token a frame": Arm("--control_tokens_per_frame 1"),
+        "LoRA beside the adapter": Arm("--rank 32 --lora_alpha 32"),
         "without positions": Arm("--control_temporal_position False"),
         "label of the last raw frame": Arm("--control_label last"),
         "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),

@@ -4,7 +4,7 @@ Shapes: B batch · F latent frames · C latent channels · H W latent height/wid
 Source: LoRA, arXiv 2106.09685; The Matrix, arXiv 2412.03568.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +17,24 @@ from torch import Tensor, nn
 from common.cogvideox.noise_schedule import mix_noise
 from common.cogvideox.pipeline_io import LORA_NAME
 from common.config.errors import SettingError
-from common.config.settings import TrainingSettings
 from common.training.cogvideox_objective import VALIDATION_TIMESTEPS, CogVideoXObjective
 from common.training.encoding import EncodedBatch
-from common.training.lora import ATTENTION_PROJECTIONS, add_lora_factors, check_lora_settings
+from common.training.lora import SettingsWithLora, add_lora_factors
 from common.training.random import SampleRandom
 
 
 @dataclass
-class LoraSettings(TrainingSettings):
+class LoraSettings(SettingsWithLora):
     """Settings of stage 1."""
 
-    rank: int = 256  # rank of the two factors that are added to each of the layers below
-    lora_alpha: float = 256.0  # the product of the factors is scaled by lora_alpha / rank
-    # ends of the linear layers' names; "ff.net.0.proj" and "ff.net.2" are the feed-forward's, for large changes of look
-    lora_target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_PROJECTIONS))
+    rank: int = 256
+    lora_alpha: float = 256.0
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
 
     def validate(self) -> None:
-        super().validate()
         if self.rank < 1:
             raise SettingError("rank", f"must be 1 or more, got {self.rank}")
-        check_lora_settings(self)
+        super().validate()
 
     def build_objective(self) -> "LoraObjective":
         return LoraObjective(self)

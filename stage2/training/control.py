@@ -1,4 +1,5 @@
-"""Stage 2: the Interactive Module learns to obey a control signal per latent frame; all else is frozen.
+"""Stage 2: the Interactive Module learns to obey a control signal per latent frame; all else is frozen, unless a LoRA
+(`rank`) lets the base learn with it.
 
 Shapes: B batch · F latent frames · C latent channels · H W latent height/width.
 Source: The Matrix, arXiv 2412.03568, section 3.2.
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from common.cogvideox.control_adapter import LABELS, NULL_INDEX, ControlVocabulary
 from common.cogvideox.noise_schedule import mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
-from common.cogvideox.pipeline_io import write_pipeline
-from common.cogvideox.transformer import CogVideoXControlTransformer3DModel
+from common.cogvideox.pipeline_io import load_component, write_pipeline
+from common.cogvideox.transformer import CONTROL_PREFIXES, CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.fields import PathSetting
 from common.data.control_signals import CONTROL_TOKENS, read_sentences
 from common.training.cogvideox_objective import VALIDATION_TIMESTEPS
 from common.training.controlled_objective import ControlledObjective, ControlledSettings, check_validation_control
 from common.training.encoding import EncodedBatch
+from common.training.lora import SettingsWithLora, add_lora_factors, add_lora_products
 from common.training.random import SampleRandom
 from common.training.throughput import forward_operations
 
@@ -40,8 +42,8 @@ SENTENCES = {
 
 
 @dataclass
-class ControlSettings(ControlledSettings):
-    """Settings of stage 2."""
+class ControlSettings(SettingsWithLora, ControlledSettings):
+    """Settings of stage 2. The published form has no LoRA (rank 0)."""
 
     control_dim: int = 768  # width of a signal's row; that of CLIP's text features if there is a text encoder
     control_start_layer: int = 15  # the first layer that a control block follows
@@ -78,11 +80,21 @@ class ControlSettings(ControlledSettings):
 
 
 class ControlObjective(ControlledObjective):
-    """Stage 1's loss, with a control signal; only the control adapter is trained."""
+    """Stage 1's loss, with a control signal; trained are the control adapter and, if there is one, the base's LoRA."""
 
     base_pipeline = "CogVideoXPipeline"
+    adds_to_base = True
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
+        module = self.add_adapter(transformer).requires_grad_(False)
+        if self.settings.rank:
+            add_lora_factors(module, self.settings, within="transformer_blocks.")
+        for parameter in module.control_parameters():
+            parameter.requires_grad_(True)
+        return module
+
+    def add_adapter(self, transformer: nn.Module) -> CogVideoXControlTransformer3DModel:
+        """The base's weights with a new control adapter."""
         settings = self.settings
         if not settings.control_text_encoder and settings.control_dim < len(CONTROL_TOKENS):
             raise SettingError(
@@ -90,7 +102,7 @@ class ControlObjective(ControlledObjective):
                 f"is {settings.control_dim}; {len(CONTROL_TOKENS)} orthogonal signals need as many or more",
             )
         try:
-            module = CogVideoXControlTransformer3DModel.from_transformer(
+            return CogVideoXControlTransformer3DModel.from_transformer(
                 transformer,
                 control_dim=settings.control_dim,
                 control_start_layer=settings.control_start_layer,
@@ -101,10 +113,6 @@ class ControlObjective(ControlledObjective):
             )
         except ValueError as error:
             raise UserError(f"control_start_layer, control_end_layer: {error}") from error
-        module.requires_grad_(False)
-        for parameter in module.control_parameters():
-            parameter.requires_grad_(True)
-        return module
 
     def load_vocabulary(self) -> ControlVocabulary:
         vocabulary = self.make_vocabulary()
@@ -150,15 +158,29 @@ class ControlObjective(ControlledObjective):
         return self.velocity_error(prediction, batch.latents, noise, timesteps).mean()
 
     def step_flops(self, batch: EncodedBatch) -> float:
-        """Before the first control block, which follows its layer, nothing is trained: the backward ends there."""
+        """Before the first control block, which follows its layer, nothing but a LoRA is trained: without one the
+        backward ends there."""
+        if self.settings.rank:
+            return super().step_flops(batch)
         config = self.plain_module.config
         forward = forward_operations(config, batch.latents.shape, batch.prompt_embeds.shape[1])
         backward = forward.weights + 2 * forward.attention
         return super().step_flops(batch) - backward * (config.control_start_layer + 1) / config.num_layers
 
     def export(self, output_dir: Path) -> None:
-        parts = {"transformer": self.plain_module, "control_vocabulary": self.vocabulary}
+        parts = {"transformer": self.exported(), "control_vocabulary": self.vocabulary}
         write_pipeline(output_dir, self.base_dir, "CogVideoXControlPipeline", parts)
+
+    @torch.no_grad()
+    def exported(self) -> nn.Module:
+        """The base, read once more since the one in use may be a rounded copy, with what was learnt: in float32."""
+        trained = self.plain_module
+        transformer = self.add_adapter(load_component(self.base_dir, "transformer"))
+        for name, parameter in transformer.named_parameters():
+            if name.startswith(CONTROL_PREFIXES):
+                parameter.copy_(trained.get_parameter(name))
+        add_lora_products(transformer, trained)
+        return transformer
 
     def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
         return self.sample_clip(

@@ -1,4 +1,4 @@
-"""Stage 2 on CogVideoX-2B: the control adapter (Interactive Module); everything else is frozen.
+"""Stage 2 on CogVideoX-2B: the control adapter (Interactive Module); everything else is frozen, as published.
 
 Command:   bash stage2/train_text_to_video_sft.sh            (--dry_run shows sizes and leaves)
 Hardware:  316 M trained parameters beside 1.7 B frozen ones; the published run used 8 GPUs of 80 GB. One H200, a cached
@@ -38,6 +38,10 @@ args.control_dropout = 0.1  # float: share of samples trained with the null sign
 args.control_label = "mean"  # str: of a latent frame: the mean row of its raw frames, or that of the "last"
 args.control_text_encoder = "openai/clip-vit-large-patch14"  # str: CLIP; "" takes a fixed orthogonal table
 args.control_sentences_file = ""  # str: JSON of signal to sentence; "" takes those in control.py
+
+# --- LoRA beside the adapter
+args.rank = 0  # int: 0 leaves the base as it is; on the mini world 32 obey better (README), here untried
+args.lora_alpha = 64.0  # float: the product of the LoRA's factors is scaled by lora_alpha / rank
 
 # --- optimisation
 args.train_batch_size = 4  # int: samples per GPU and micro-step

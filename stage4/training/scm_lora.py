@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from common.cogvideox.compilation import compile_blocks
 from common.cogvideox.pipeline_io import load_component
-from common.training.lora import add_lora_factors
+from common.training.lora import add_lora_factors, add_lora_products, lora_layers
 from stage4.training.scm import SCMObjective
 
 STUDENT, TARGET = "student", "target"  # PEFT's names of the two sets of factors
@@ -105,16 +104,9 @@ class LoraSCMObjective(SCMObjective):
         with self.target.in_place() as transformer:
             return self.sample_with(transformer, prompt, control, seed)
 
-    @torch.no_grad()
     def exported(self) -> nn.Module:
         """The base with the target's factors added to its weights: on the CPU, and in float32, of which the base in use
         may be a rounded copy."""
         transformer = load_component(self.base_dir, "transformer")
-        for name, layer in lora_layers(self.plain_module).items():
-            transformer.get_submodule(name).weight += layer.get_delta_weight(TARGET).cpu()
+        add_lora_products(transformer, self.plain_module, TARGET)
         return transformer
-
-
-def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
-    """Name → layer of all that have factors."""
-    return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from common.config.errors import SettingError
 from common.training.cogvideox_objective import TRAIN_TIMESTEPS
 from common.training.controlled_objective import StreamingSettings
-from common.training.lora import ATTENTION_PROJECTIONS, check_lora_settings
+from common.training.lora import SettingsWithLora
 from common.training.objective import Objective
 
 
 @dataclass
-class SCMSettings(StreamingSettings):
-    """Settings of stage 4."""
+class SCMSettings(SettingsWithLora, StreamingSettings):
+    """Settings of stage 4. With a rank the student is a LoRA, over the base as the teacher; else a whole copy of it."""
 
     phases_per_group: int = 1  # m: forwards per window shift of the distilled model
     num_solver_steps: int = 40  # K: the teacher's step spans T/K timesteps
@@ -22,9 +22,6 @@ class SCMSettings(StreamingSettings):
     cond_proj_dim: int | None = None  # width of the embedding that tells the student the guidance drawn
     huber_c: float = 0.01  # pseudo-Huber: quadratic below, linear above
     ema_decay: float = 0.95  # decay per step of the target's weights, which are also what is exported
-    rank: int = 0  # of a LoRA that is the student, over the base as the teacher; 0 trains every parameter of a copy
-    lora_alpha: float = 64.0  # the product of the LoRA's factors is scaled by lora_alpha / rank
-    lora_target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_PROJECTIONS))  # ends of layers' names
 
     def validate(self) -> None:
         super().validate()
@@ -52,9 +49,6 @@ class SCMSettings(StreamingSettings):
             raise SettingError("guidance_range", "goes together with cond_proj_dim: set both or neither")
         if self.guidance_range and (len(self.guidance_range) != 2 or self.guidance_range[0] > self.guidance_range[1]):
             raise SettingError("guidance_range", f"must be [low, high], got {self.guidance_range}")
-        if self.rank < 0:
-            raise SettingError("rank", f"must be 0 (every parameter is trained) or more, got {self.rank}")
-        check_lora_settings(self)
         if self.rank and self.cond_proj_dim is not None:
             raise SettingError(
                 "cond_proj_dim",

@@ -14,9 +14,9 @@ from common.config.errors import UserError
 from common.training.checkpoints import base_digest
 from common.training.encoding import EncodedBatch
 from common.training.export import export_pipeline
+from common.training.lora import lora_layers
 from common.training.optimizers import whole_tensor
 from common.training.random import SampleRandom
-from stage4.training.scm_lora import lora_layers
 from tests.stages.conftest import load_objective, make_objective, random_batch, read_metrics
 
 B, F, C, H, W = 2, 9, 16, 4, 8

@@ -249,7 +249,8 @@ def test_control_and_caption_are_dropped_independently(tiny_models, batch):
 
 
 @pytest.mark.parametrize(
-    ("stage", "overrides"), [(1, ["--rank", "2"]), (2, []), (3, []), (4, []), (4, ["--rank", "2"])]
+    ("stage", "overrides"),
+    [(1, ["--rank", "2"]), (2, []), (2, ["--rank", "2"]), (3, []), (4, []), (4, ["--rank", "2"])],
 )
 def test_operations_of_a_step_are_what_torchs_counter_counts(tiny_base, tiny_models, batch, stage, overrides):
     objective = load(stage, tiny_base if stage < 3 else tiny_models / f"stage{stage - 1}", *overrides)

@@ -1,0 +1,112 @@
+"""Stage 2 with a LoRA beside the control adapter: what is trained, and that what is exported computes the same."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.cogvideox.pipeline_io import load_component
+from common.config.errors import UserError
+from common.training.checkpoints import base_digest
+from common.training.encoding import EncodedBatch
+from common.training.export import export_pipeline
+from common.training.random import SampleRandom
+from tests.stages.conftest import load_objective, random_batch, read_metrics
+
+B = 2
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+LORA = ["--rank", "4", "--lora_alpha", "2", "--lora_target_modules", "to_q", "ff.net.2", "norm1.linear"]
+
+
+@pytest.fixture
+def batch() -> EncodedBatch:
+    return random_batch(B, 9, 16, 4, 8)
+
+
+def load(base, *overrides: str, dtype: torch.dtype = torch.float32):
+    """Stage 2's objective, its trained parameters drawn at random so that all of them matter."""
+    objective = load_objective(2, base, *overrides, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in objective.module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return objective
+
+
+@torch.no_grad()
+def output_of(objective, transformer, batch: EncodedBatch) -> torch.Tensor:
+    rows = objective.vocabulary.frame_rows(batch.control_indices)
+    return objective.predict(transformer, batch.latents, torch.tensor([900, 100]), batch.prompt_embeds, rows)
+
+
+def test_the_factors_are_the_bases_and_the_adapter_is_trained_whole(tiny_base):
+    objective = load(tiny_base, *LORA)
+    trained = {name for name, p in objective.module.named_parameters() if p.requires_grad}
+    adapter = {name for name in trained if name.startswith(("control_embedding.", "control_blocks."))}
+    assert len(adapter) == len(objective.module.control_parameters())
+    assert trained - adapter and all(n.startswith("transformer_blocks.") and ".lora_" in n for n in trained - adapter)
+    assert not any("lora_" in name for name in adapter)
+
+
+def test_what_is_exported_computes_what_was_trained(tiny_base, batch, tmp_path):
+    objective = load(tiny_base, *LORA)
+    expected = output_of(objective, objective.module, batch)
+    objective.export(tmp_path)
+    exported = load_component(tmp_path, "transformer")
+    torch.testing.assert_close(output_of(objective, exported, batch), expected)
+    without = load_component(tiny_base, "transformer").state_dict()
+    changed = {name for name, value in without.items() if not torch.equal(value, exported.state_dict()[name])}
+    assert {name.split(".", 2)[2] for name in changed} == {
+        "attn1.to_q.weight",
+        "ff.net.2.weight",
+        "norm1.linear.weight",
+    }
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["adapter alone", "with a LoRA"])
+def test_a_base_in_use_as_bf16_is_exported_as_it_was(tiny_base, batch, tmp_path, lora):
+    objective = load(tiny_base, *lora, dtype=torch.bfloat16)
+    frozen = {p.dtype for p in objective.module.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    batch.prompt_embeds = batch.prompt_embeds.bfloat16()
+    with objective.autocast():
+        objective.loss(batch, SampleRandom(0, 0, range(B)))[0].backward()
+    gradients = [p.grad for p in objective.module.parameters() if p.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    objective.export(tmp_path)
+    before, after = (load_file(Path(directory) / WEIGHTS) for directory in (tiny_base, tmp_path))
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    untouched = [
+        name for name in before if not lora or not name.endswith(("to_q.weight", "net.2.weight", "1.linear.weight"))
+    ]
+    assert untouched and all(torch.equal(before[name].float(), after[name]) for name in untouched)
+
+
+def test_nothing_is_added_to_a_base_that_was_trained_anew_meanwhile(tiny_base, tmp_path):
+    replaced = tmp_path / "stage1_fused"
+    shutil.copytree(tiny_base, replaced)
+    objective = load(replaced, *LORA)
+    digest = base_digest(objective.settings)
+    weights = {name: tensor + 1 for name, tensor in load_file(replaced / WEIGHTS).items()}
+    save_file(weights, replaced / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match="stage1_fused, whose transformer has changed since"):
+        export_pipeline(objective, tmp_path / "stage2", 1, objective.settings, digest)
+    assert not (tmp_path / "stage2").exists()
+
+
+def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tiny_stages, tmp_path):
+    tiny_stages.run(1)
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    tiny_stages.train(2, unbroken, *LORA)
+    tiny_stages.train(2, resumed, *LORA, "--max_train_steps", "3", "--validation_steps", "0")
+    tiny_stages.train(2, resumed, *LORA)
+    for name in ("weights", "optimizer"):
+        expected, got = (load_file(d / "checkpoint-6" / f"{name}.safetensors") for d in (unbroken, resumed))
+        assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+        assert any("lora_B" in key for key in got) and not any("base_layer" in key for key in got)
+    assert torch.equal(*(load_file(d / WEIGHTS)["proj_out.weight"] for d in (unbroken, resumed)))
+    held_out = {m["step"]: m["validation/loss"] for m in read_metrics(unbroken) if "validation/loss" in m}
+    assert held_out[6] < held_out[0]
