@@ -5,11 +5,11 @@
 #   bash scripts/train_miniworld.sh [OUTPUT_DIR]        default outputs/miniworld_gpu
 #
 # The same command goes on where it was stopped. Lengths are set by variables, here with their defaults:
-#   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=12000 STAGE3_STEPS=20700 STAGE4_STEPS=6000
+#   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=9000 STAGE3_STEPS=20700 STAGE4_STEPS=6000
 #   ROLLOUT_STEPS=4000 BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding)
 #   GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
-# On one H200 a step takes 18 ms for the base, 16, 22, 19 and 30 ms in stages 1 to 4, and 54 in self-rollout: 30 minutes
+# On one H200 a step takes 18 ms for the base, 16, 22, 19 and 30 ms in stages 1 to 4, and 54 in self-rollout: 28 minutes
 # of training by these times, and nine of the VAE, beside drawing and encoding. As a whole it has run on CPUs alone.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
@@ -20,7 +20,7 @@ trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
 out=${1:-outputs/miniworld_gpu}
 world=$out/world
 : "${CLIPS:=3000}" "${VAE_STEPS:=4000}" "${BASE_STEPS:=30000}" "${BATCH_SIZE:=64}" "${PROCESSES:=8}"
-: "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=12000}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
+: "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=9000}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
 : "${ROLLOUT_STEPS:=4000}"
 : "${GPU_OPTIONS=--mixed_precision bf16 --compile --cuda_graph}"
 precision=()

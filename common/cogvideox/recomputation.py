@@ -15,9 +15,9 @@ from common.config.errors import SettingError
 def recomputed_layers(num_layers: int, wanted: int | bool) -> list[int]:
     """Which of a transformer's layers recompute: `wanted` of them spread evenly, True for all.
 
-    Spread and not the first ones: in stage 2 the lower layers keep nothing anyway, since nothing below the first
-    control block is trained. The last layer keeps what it has computed unless all recompute: the backward needs it at
-    once, when memory is fullest.
+    Spread and not the first ones: in stage 2 without a LoRA the lower layers keep nothing anyway, since nothing below
+    the first control block is trained. The last layer keeps what it has computed unless all recompute: the backward
+    needs it at once, when memory is fullest.
 
     Raises SettingError when there are not so many.
     """

@@ -160,7 +160,7 @@ def check_same_run(where: Path, saved: dict[str, Any], settings: Any) -> None:
     Args:
         saved: the settings of the run that wrote `where`.
     """
-    now = settings.to_dict()
+    now, saved = settings.to_dict(), {"rank": 0, **saved}  # runs of stage 2 that say nothing of a LoRA had none
     differences = [
         f"{name} was {saved[name]!r}, is {now[name]!r}"
         for name in now

@@ -70,4 +70,5 @@ def add_lora_products(transformer: nn.Module, trained: nn.Module, adapter: str =
     """Adds to the plain weights of `transformer`, in place, what `trained` has beside its own as that adapter."""
     for name, layer in lora_layers(trained).items():
         weight = transformer.get_submodule(name).weight
-        weight += layer.get_delta_weight(adapter).to(weight)
+        first, second = (factors[adapter].weight.to(weight) for factors in (layer.lora_A, layer.lora_B))
+        weight += layer.scaling[adapter] * (second @ first)  # not PEFT's product: of bfloat16 factors that is rounded

@@ -52,7 +52,10 @@ ARMS: dict[int, dict[str, Arm]] = {
     2: {
         DEFAULT: Arm(),
         "one control token a frame": Arm("--control_tokens_per_frame 1"),
-        "LoRA beside the adapter": Arm("--rank 32 --lora_alpha 32"),
+        "LoRA beside the adapter": Arm(
+            "--rank 32 --lora_alpha 32 --lora_target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 "
+            "norm1.linear norm2.linear"
+        ),
         "without positions": Arm("--control_temporal_position False"),
         "label of the last raw frame": Arm("--control_label last"),
         "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),

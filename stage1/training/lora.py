@@ -32,9 +32,9 @@ class LoraSettings(SettingsWithLora):
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
 
     def validate(self) -> None:
-        if self.rank < 1:
-            raise SettingError("rank", f"must be 1 or more, got {self.rank}")
         super().validate()
+        if self.rank == 0:
+            raise SettingError("rank", "must be 1 or more in stage 1, which trains nothing else, got 0")
 
     def build_objective(self) -> "LoraObjective":
         return LoraObjective(self)

@@ -40,8 +40,9 @@ args.control_text_encoder = "openai/clip-vit-large-patch14"  # str: CLIP; "" tak
 args.control_sentences_file = ""  # str: JSON of signal to sentence; "" takes those in control.py
 
 # --- LoRA beside the adapter
-args.rank = 0  # int: 0 leaves the base as it is; on the mini world 32 obey better (README), here untried
+args.rank = 0  # int: 0 leaves the base as it is; on the mini world 32 on all linear layers obey better, here untried
 args.lora_alpha = 64.0  # float: the product of the LoRA's factors is scaled by lora_alpha / rank
+args.lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # list[str]: ends of the linear layers' names
 
 # --- optimisation
 args.train_batch_size = 4  # int: samples per GPU and micro-step

@@ -1,5 +1,6 @@
 """Stage 2 with a LoRA beside the control adapter: what is trained, and that what is exported computes the same."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.cogvideox.pipeline_io import load_component
+from common.cogvideox.transformer import CONTROL_PREFIXES
 from common.config.errors import UserError
 from common.training.checkpoints import base_digest
 from common.training.encoding import EncodedBatch
@@ -79,10 +81,16 @@ def test_a_base_in_use_as_bf16_is_exported_as_it_was(tiny_base, batch, tmp_path,
     objective.export(tmp_path)
     before, after = (load_file(Path(directory) / WEIGHTS) for directory in (tiny_base, tmp_path))
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
-    untouched = [
-        name for name in before if not lora or not name.endswith(("to_q.weight", "net.2.weight", "1.linear.weight"))
-    ]
-    assert untouched and all(torch.equal(before[name].float(), after[name]) for name in untouched)
+    learnt = dict(objective.module.named_parameters())
+    for name, value in after.items():
+        layer = name.removesuffix(".weight")
+        if name.startswith(CONTROL_PREFIXES):
+            assert torch.equal(value, learnt[name]), name
+        elif f"{layer}.lora_A.default.weight" in learnt:
+            first, second = (learnt[f"{layer}.lora_{factor}.default.weight"] for factor in "AB")
+            torch.testing.assert_close(value, before[name].float() + 2 / 4 * second @ first)
+        else:
+            assert torch.equal(value, before[name].float()), name
 
 
 def test_nothing_is_added_to_a_base_that_was_trained_anew_meanwhile(tiny_base, tmp_path):
@@ -107,6 +115,24 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tiny_stages, tmp_path):
         expected, got = (load_file(d / "checkpoint-6" / f"{name}.safetensors") for d in (unbroken, resumed))
         assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
         assert any("lora_B" in key for key in got) and not any("base_layer" in key for key in got)
-    assert torch.equal(*(load_file(d / WEIGHTS)["proj_out.weight"] for d in (unbroken, resumed)))
+    exported, again, base = (load_file(d / WEIGHTS) for d in (unbroken, resumed, tiny_stages.root / "stage1_fused"))
+    assert all(torch.equal(exported[name], again[name]) for name in exported)
+    changed = "transformer_blocks.0.attn1.to_q.weight"
+    assert not torch.equal(exported[changed], base[changed].float())
     held_out = {m["step"]: m["validation/loss"] for m in read_metrics(unbroken) if "validation/loss" in m}
     assert held_out[6] < held_out[0]
+
+
+def test_a_run_that_says_nothing_of_a_lora_had_none(tiny_stages, tmp_path):
+    """Runs made before stage 2 knew of LoRAs: finished or not, one with a LoRA is another run."""
+    tiny_stages.run(1)
+    output = tiny_stages.train(2, tmp_path / "old", "--max_train_steps", "1", "--validation_steps", "0")
+    mark = output / "training_finished.json"
+    old = json.loads(mark.read_text())
+    for name in ("rank", "lora_alpha", "lora_target_modules"):
+        del old["settings"][name]
+    mark.write_text(json.dumps(old))
+    again = [2, output, "--max_train_steps", "1", "--validation_steps", "0"]
+    tiny_stages.train(*again)  # nothing to do
+    with pytest.raises(UserError, match="rank was 0, is 4"):
+        tiny_stages.train(*again, *LORA)

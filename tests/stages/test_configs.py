@@ -72,6 +72,8 @@ def test_real_configs_dry_run_without_weights_or_data(config, run_program):
         ("stage4", ["--num_solver_steps", "50"], r"50 is not a multiple of the 4 phases.*48 or 52"),
         ("stage4", ["--guidance_range", "2", "6"], r"cond_proj_dim"),
         ("stage4", ["--ema_decay", "1"], r"ema_decay"),
+        ("stage1", ["--rank", "0"], r"rank: must be 1 or more"),
+        ("stage2", ["--rank", "-1"], r"rank: must be 0 .* or more, got -1"),
         ("stage4", ["--rank", "-1"], r"rank: must be 0 .* or more, got -1"),
         ("stage4", ["--rank", "4", "--lora_alpha", "0"], r"lora_alpha: must be more than 0"),
         ("stage4", ["--rank", "4", "--guidance_range", "2", "6", "--cond_proj_dim", "8"], r"cond_proj_dim.*\(rank\)"),

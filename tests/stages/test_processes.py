@@ -22,7 +22,8 @@ STAGES = (1, 2, 3, 4)
 LAYOUTS = {"ddp": 2, "fsdp2": 4, "ddp again": 6}  # each goes on from the checkpoint of the one before: its last step
 BF16_STAGES = (1, 2, 4)  # those that have frozen weights, of another type than the trained ones
 MOST = 1000  # steps from one validation or checkpoint to the next: there is one at the end
-LORA = ("--rank", "8", "--max_train_steps", "2", "--validation_steps", "0")  # of stage 4
+LORA = ("--rank", "8", "--max_train_steps", "2", "--validation_steps", "0")  # of stages 2 and 4
+STEP = (*LORA, "--max_train_steps", "1")
 ROLLOUT = ("--validation_steps", "0", "--rollouts_per_stream", "2", "--ema_decay", "0.9")  # stage 4's second part
 PROMPT = "A red car drives along a sandy desert road."
 
@@ -46,7 +47,8 @@ class Runs:
                 more = ["--max_train_steps", "2", "--validation_steps", "0", "--gradient_checkpointing", "True"]
                 self._add(stage, f"{layout} bf16", *more)
         for layout in ("ddp", "fsdp2"):
-            self._add(4, f"{layout} lora", *LORA)
+            for stage in (2, 4):
+                self._add(stage, f"{layout} lora", *LORA)
         for layout, previous in {"ddp": "none", "fsdp2": str(self.output_dir(3, "ddp 8bit") / "checkpoint-2")}.items():
             more = ["--max_train_steps", str(LAYOUTS[layout]), "--validation_steps", "0", "--optimizer", "adamw_8bit"]
             self._add(3, f"{layout} 8bit", *more, "--resume_from_checkpoint", previous)
@@ -228,6 +230,15 @@ def test_a_lora_over_one_base_is_trained_alike_and_leaves_what_streams(runs, run
         size = ["--height", "32", "--width", "64", "--control", "D*17", "--prompt", PROMPT, "--output", str(video)]
         run_program("stage4/inference.py", "--model_path", runs.output_dir(4, layout), *size)
         assert video.stat().st_size > 0
+
+
+def test_a_lora_beside_the_adapter_is_exported_alike(runs):
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    one = runs.in_one_process(2, "one process lora", LORA)
+    for layout in ("ddp lora", "fsdp2 lora"):
+        assert difference(one / file, runs.output_dir(2, layout) / file) < 1e-6, layout
+    before = runs.in_one_process(2, "one process lora, one step", STEP)
+    assert difference(one / file, before / file) > 1e-4  # what a step is worth
 
 
 def test_sharded_blocks_are_compiled_and_compute_the_same(runs):
