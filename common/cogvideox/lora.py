@@ -90,7 +90,11 @@ def read_lora(file: Path, lora_alpha: float | None = None) -> Lora:
     if (config or alphas) and lora_alpha is not None:
         said = config["lora_alpha"] if config else Counter(alphas.values()).most_common()[0][0]
         raise UserError(f"lora_alpha {lora_alpha:g} was given, but {file} itself says {said:g}; leave it out")
-    lora = Lora(factors, config or _make_config(factors, alphas, lora_alpha, file))
+    if not config and not alphas and lora_alpha is None:
+        logger.warning(
+            "%s does not say its alpha: alpha = rank is assumed, as diffusers does; --lora_alpha states another", file
+        )
+    lora = Lora(factors, config or _make_config(factors, alphas, lora_alpha))
     _check_ranks(lora, file)
     return lora
 
@@ -124,6 +128,25 @@ def add_lora(transformer: nn.Module, lora_file: Path, lora_alpha: float | None =
         state |= {write_key(layer, "A", "diffusers"): a, write_key(layer, "B", "diffusers"): b}
     config = {PREFIX + key: value for key, value in lora.config.items()}
     CogVideoXPipeline.load_lora_into_transformer(state, transformer, metadata=config)
+
+
+def cut_lora(lora: Lora, share: float) -> Lora:
+    """The smaller LoRA that keeps, of every layer's B·A, `share` (0…1) of the sum of squared singular values.
+
+    It is the nearest of its rank, the fewest singular values that suffice (Eckart and Young); ranks then differ from
+    layer to layer. Its strength stays.
+    """
+    factors, alphas = {}, {}
+    for layer, (a, b) in lora.factors.items():
+        # The factors of B = Q R and Aᵀ = P S leave a matrix of rank × rank to decompose: B·A = Q (R Sᵀ) Pᵀ.
+        (q, r), (p, s) = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T)
+        u, values, vh = torch.linalg.svd(r @ s.T)
+        kept = values.square().cumsum(0) / values.square().sum().clamp_min(1e-300)
+        rank = min(int((kept < share).sum()) + 1, len(values))
+        root = values[:rank].sqrt()
+        factors[layer] = ((root[:, None] * (vh[:rank] @ p.T)).to(a.dtype), (q @ u[:, :rank] * root).to(b.dtype))
+        alphas[layer] = lora.scaling(layer) * rank
+    return Lora(factors, _make_config(factors, alphas))
 
 
 def check_lora_fits(lora: Lora, transformer: nn.Module, lora_file: Path) -> None:
@@ -177,16 +200,11 @@ def _check_ranks(lora: Lora, file: Path) -> None:
 
 
 def _make_config(
-    factors: dict[str, tuple[Tensor, Tensor]], alphas: dict[str, float], lora_alpha: float | None, file: Path
+    factors: dict[str, tuple[Tensor, Tensor]], alphas: dict[str, float], lora_alpha: float | None = None
 ) -> dict[str, Any]:
-    """The `LoraConfig` that a file without one stands for; ranks and alphas may differ from layer to layer."""
+    """The `LoraConfig` that factors stand for; ranks and alphas may differ from layer to layer."""
     ranks = {layer: len(a) for layer, (a, _) in factors.items()}
     rank = Counter(ranks.values()).most_common()[0][0]
-    if not alphas and lora_alpha is None:
-        logger.warning(
-            "%s does not say its alpha: alpha = rank = %d is assumed, as diffusers does; --lora_alpha states another",
-            file, rank,
-        )  # fmt: skip
     # A layer without alpha in a file that has some is added at strength 1, as ComfyUI does.
     alphas = {layer: lora_alpha or alphas.get(layer, float(ranks[layer])) for layer in factors}
     alpha = Counter(alphas.values()).most_common()[0][0]

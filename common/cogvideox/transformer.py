@@ -188,7 +188,7 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
         return model
 
     def control_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the Interactive Module: what stage 2 trains."""
+        """Parameters of the Interactive Module, which stage 2 adds."""
         return [p for name, p in self.named_parameters() if name.startswith(CONTROL_PREFIXES)]
 
     def _time_embedding(self, timestep: torch.Tensor, timestep_cond: torch.Tensor | None, dtype: torch.dtype):

@@ -4,14 +4,15 @@
 
 Forms: "diffusers" (what stage 1 writes; alpha in the metadata, which diffusers reads since 0.34), "comfyui" (ComfyUI's
 own CogVideoX) and "comfyui-wrapper" (kijai's ComfyUI-CogVideoXWrapper). Any of them is read too; converting
-there and back gives the same factors and the same strength.
+there and back gives the same factors and the same strength. `--keep 0.99` makes a LoRA smaller: of what it adds to a
+layer it keeps that share, by the squares of its singular values.
 """
 
 from pathlib import Path
 
-from common.cogvideox.lora import find_lora_file, read_lora, write_lora
+from common.cogvideox.lora import cut_lora, find_lora_file, read_lora, write_lora
 from common.cogvideox.lora_names import FORMS
-from common.config.command_line import ArgumentParser, refuse_unwritable
+from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable
 from common.config.errors import UserError, run_cli
 from common.tools.fuse_lora_weights import add_lora_option
 
@@ -21,6 +22,9 @@ def main() -> None:
     parser.add_argument("--lora_path", required=True, help="stage 1's output_dir, or a LoRA file in any of the forms")
     parser.add_argument("--form", choices=FORMS, required=True, help="the names to write")
     parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument(
+        "--keep", type=positive_number, metavar="SHARE", help="a smaller LoRA: the share to keep, up to 1"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_lora_option(parser)
     args = parser.parse_args()
@@ -29,11 +33,17 @@ def main() -> None:
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output {args.output} exists; give another name, or --overwrite")
     refuse_unwritable(args.output.parent, "--output")
+    if args.keep and args.keep > 1:
+        raise UserError(f"--keep {args.keep:g} is more than everything; give a share of at most 1, as 0.99")
     lora = read_lora(find_lora_file(args.lora_path), args.lora_alpha)
+    if args.keep:
+        lora = cut_lora(lora, args.keep)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_lora(args.output, lora, args.form)
     scalings = sorted({lora.scaling(layer) for layer in lora.factors})
-    print(f"{args.output}: {len(lora.factors)} layers, rank {lora.config['r']}, alpha/rank {scalings}, as {args.form}")
+    ranks = sorted({len(a) for a, _ in lora.factors.values()})
+    ranks = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    print(f"{args.output}: {len(lora.factors)} layers, {ranks}, alpha/rank {scalings}, as {args.form}")
 
 
 if __name__ == "__main__":

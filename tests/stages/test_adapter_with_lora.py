@@ -19,7 +19,8 @@ from tests.stages.conftest import load_objective, random_batch, read_metrics
 
 B = 2
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-LORA = ["--rank", "4", "--lora_alpha", "2", "--lora_target_modules", "to_q", "ff.net.2", "norm1.linear"]
+RANK, ALPHA = 4, 2
+LORA = ["--rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_target_modules", "to_q", "ff.net.2", "norm1.linear"]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def output_of(objective, transformer, batch: EncodedBatch) -> torch.Tensor:
 def test_the_factors_are_the_bases_and_the_adapter_is_trained_whole(tiny_base):
     objective = load(tiny_base, *LORA)
     trained = {name for name, p in objective.module.named_parameters() if p.requires_grad}
-    adapter = {name for name in trained if name.startswith(("control_embedding.", "control_blocks."))}
+    adapter = {name for name in trained if name.startswith(CONTROL_PREFIXES)}
     assert len(adapter) == len(objective.module.control_parameters())
     assert trained - adapter and all(n.startswith("transformer_blocks.") and ".lora_" in n for n in trained - adapter)
     assert not any("lora_" in name for name in adapter)
@@ -88,7 +89,7 @@ def test_a_base_in_use_as_bf16_is_exported_as_it_was(tiny_base, batch, tmp_path,
             assert torch.equal(value, learnt[name]), name
         elif f"{layer}.lora_A.default.weight" in learnt:
             first, second = (learnt[f"{layer}.lora_{factor}.default.weight"] for factor in "AB")
-            torch.testing.assert_close(value, before[name].float() + 2 / 4 * second @ first)
+            torch.testing.assert_close(value, before[name].float() + ALPHA / RANK * second @ first)
         else:
             assert torch.equal(value, before[name].float()), name
 

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.cogvideox.lora import add_lora, read_lora, write_lora
+from common.cogvideox.lora import add_lora, cut_lora, read_lora, write_lora
 from common.cogvideox.lora_names import FORMS, read_key, write_key
 from common.cogvideox.pipeline_io import load_component
 from common.config.errors import UserError
@@ -98,7 +98,7 @@ def test_an_unknown_alpha_is_assumed_aloud(tiny_base, tmp_path, caplog):
         read_lora(saved(tmp_path / "with", model, metadata=True))
         assert not caplog.records
         read_lora(saved(tmp_path / "without", model, metadata=False))
-    assert "alpha = rank = 4 is assumed" in caplog.text and "--lora_alpha" in caplog.text
+    assert "alpha = rank is assumed" in caplog.text and "--lora_alpha" in caplog.text
 
 
 UNEVEN = {
@@ -221,13 +221,39 @@ def test_metadata_of_another_rank_is_refused(tiny_lora, tmp_path):
         read_lora(tmp_path / "lora.safetensors")
 
 
+@pytest.mark.parametrize("config", [{"lora_alpha": 2}, {"lora_alpha": 3, "use_rslora": True}])
+@pytest.mark.parametrize("share", [0.6, 0.95, 1.0])
+def test_a_cut_lora_is_the_nearest_of_its_rank(tiny_base, tmp_path, config, share):
+    """Against the singular values of B·A itself: what is left out has the sum of their squares, and no more than
+    asked; plain diffusers loads the file and adds the same."""
+    whole = trained(tiny_base, LoraConfig(r=4, target_modules=ATTENTION, **config))
+    lora = read_lora(saved(tmp_path / "whole", whole, metadata=True))
+    cut = cut_lora(lora, share)
+    for layer, (a, b) in lora.factors.items():
+        small_a, small_b = cut.factors[layer]
+        values = torch.linalg.svdvals(b.double() @ a.double()).square()
+        rank, lost = len(small_a), (b.double() @ a.double() - small_b.double() @ small_a.double()).square().sum()
+        torch.testing.assert_close(lost, values[rank:].sum(), rtol=1e-4, atol=1e-8)
+        assert lost <= (1 - share) * values.sum() + 1e-8 and (
+            rank == 1 or values[: rank - 1].sum() < share * values.sum()
+        )
+        assert cut.scaling(layer) == pytest.approx(lora.scaling(layer))
+    write_lora(tmp_path / NAME, cut)
+    loaded = CogVideoXPipeline.from_pretrained(tiny_base)
+    loaded.load_lora_weights(tmp_path, weight_name=NAME)
+    ours = load_component(tiny_base, "transformer").state_dict()
+    for layer, (a, b) in cut.factors.items():
+        ours[f"{layer}.weight"] += cut.scaling(layer) * (b @ a)
+    assert_close(fused_weights(loaded.transformer), ours)
+
+
 def test_the_tool_converts_there_and_back(tiny_lora, tmp_path, monkeypatch, capsys, refused):
     import sys
 
     from common.tools import convert_lora
 
-    def convert(source, form, target):
-        words = ["--lora_path", source, "--form", form, "--output", target]
+    def convert(source, form, target, *more):
+        words = ["--lora_path", source, "--form", form, "--output", target, *more]
         monkeypatch.setattr(sys, "argv", ["convert_lora", *map(str, words)])
         convert_lora.main()
         return capsys.readouterr().out
@@ -237,6 +263,10 @@ def test_the_tool_converts_there_and_back(tiny_lora, tmp_path, monkeypatch, caps
     assert "diffusion_model.blocks.3.attn_out.alpha" in load_file(there)
     convert(there, "diffusers", back)
     assert content(back)[0].keys() == content(tiny_lora / NAME)[0].keys()
+    assert "ranks 1 to " in convert(tiny_lora, "diffusers", tmp_path / "small.safetensors", "--keep", 0.5)
     words = ["--lora_path", tiny_lora, "--form", "comfyui", "--output"]
+    assert "--keep 2 is more than everything" in refused(
+        convert_lora.main, *words, tmp_path / "x.safetensors", "--keep", 2
+    )
     assert "exists; give another name, or --overwrite" in refused(convert_lora.main, *words, back)
     assert "ends in .safetensors" in refused(convert_lora.main, *words, tmp_path / "lora.bin")
