@@ -68,13 +68,25 @@ def drive(room: Room, client: ClientSession, message: protocol.Message) -> None:
         room.tell_status()
 
 
+def differences(here: str, logged: str) -> str:
+    """What settings of the model differ, in words: "dtype is float32 (in the log: bfloat16), …"; "" when none does."""
+    ours, theirs = (dict(part.split("=", 1) for part in told.split() if "=" in part) for told in (here, logged))
+    parts = []
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        mine, other = (settings.get(name, "not given") for settings in (ours, theirs))
+        if mine != other:
+            are_others = name == "weights" and name in theirs  # two hashes side by side tell nobody anything
+            parts.append("the model's weights are others" if are_others else f"{name} is {mine} (in the log: {other})")
+    return ", ".join(parts)
+
+
 def replay(room: Room, client: ClientSession, log: protocol.ControlLog) -> None:
     info = room.info
-    for name, mine, theirs in (("model", info.name, log.model), ("settings", info.settings, log.settings)):
-        if mine != theirs:
-            client.error(f"the log was made with the {name} {theirs}, here runs {mine}; it cannot be replayed")
-            return
-    if not log.complete:
+    if log.model != info.name:
+        client.error(f"the log was made with the model {log.model}, here runs {info.name}; it cannot be replayed")
+    elif differ := differences(info.settings, log.settings):
+        client.error(f"the log cannot be replayed: {differ}")
+    elif not log.complete:
         client.error("the log is not complete: its drive had more changes than a log can hold")
     elif log.start != FROM_TEXT and log.start not in info.clips:
         client.error("the log starts from a clip that this server does not have")

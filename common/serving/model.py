@@ -21,6 +21,7 @@ from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.errors import UserError
 from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import SIZE_MULTIPLE, VAE_TIME_FACTOR
+from common.data.fingerprint import component_digest
 from common.data.video import read_clip
 from common.serving.protocol import NULL_SIGNAL, ControlLog
 
@@ -66,7 +67,8 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What clients are told before the weights are there. `signals` are the vocabulary's names in order."""
+    """What clients are told before the weights are there. `signals` are the vocabulary's names in order, `settings`
+    what `settings_of` makes of the options."""
 
     name: str
     signals: list[str]
@@ -102,8 +104,35 @@ def find_clips(directory: Path | None) -> dict[str, Path]:
     return dict(list(clips.items())[:MAX_CLIPS])
 
 
+def settings_of(options: ModelOptions, directory: Path, height: int, width: int, frames_per_group: int) -> str:
+    """All that a stream's frames depend on besides what its control log says, as "name=value name=value …".
+
+    Weights are known by their content: a model that was trained anew has kept its name. Of files over 1 GiB a sample is
+    read, half a second for CogVideoX-2B's transformer.
+    """
+    device, dtype = device_and_dtype(options.device, options.dtype)
+    speed = options.speed
+    decode_type = torch.device(speed.decode_device or device).type
+    told = {
+        "size": f"{width}x{height}",
+        "frames_per_group": frames_per_group,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "control_guidance_scale": options.control_guidance_scale,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "compile": "on" if speed.compile else None,
+        "float8": "on" if speed.float8 else None,
+        "attention_backend": speed.attention_backend,
+        "light_decoder": speed.light_decoder and component_digest(speed.light_decoder),
+        "decode_device": None if decode_type == device.type else decode_type,  # cuda:1 decodes as cuda does
+        "weights": component_digest(directory / "transformer"),
+    }
+    return " ".join(f"{name}={value}" for name, value in told.items() if value is not None)
+
+
 def inspect_model(options: ModelOptions) -> ModelInfo:
-    """Reads all but the weights; what does not fit together is a `UserError` now."""
+    """Reads all but the weights, of which only a hash is taken; what does not fit together is a `UserError` now."""
     directory = resolve_pipeline_directory(options.model_path)
     index = read_model_index(directory, expected="CogVideoXStreamingPipeline")
     check_speed_options(options.speed, *device_and_dtype(options.device, options.dtype))
@@ -113,8 +142,6 @@ def inspect_model(options: ModelOptions) -> ModelInfo:
         raise UserError(f"--height {height} --width {width}: use multiples of {SIZE_MULTIPLE}")
     signals = list(load_component(directory, "control_vocabulary").names) if index.get("control_vocabulary") else []
     width_of_group = scheduler.config.frames_per_group
-    steps = options.num_inference_steps or "default"
-    guidance = f"{options.guidance_scale or 'default'}/{options.control_guidance_scale:g}"
     return ModelInfo(
         name=directory.resolve().name[:100],
         signals=signals,
@@ -122,7 +149,7 @@ def inspect_model(options: ModelOptions) -> ModelInfo:
         width=width,
         fps=options.fps,
         frames_per_chunk=width_of_group * VAE_TIME_FACTOR,
-        settings=f"{width}x{height} frames_per_group={width_of_group} steps={steps} guidance={guidance}",
+        settings=settings_of(options, directory, height, width, width_of_group),
         clips=find_clips(options.clips),
     )
 

@@ -226,8 +226,9 @@ def stream(description: str | None) -> None:
         pipeline, embeds = load_streaming_pipeline(
             args, speed_options(args), args.prompt, args.negative_prompt, scheduler=scheduler
         )
-        is_distilled = hasattr(scheduler, "num_phases")
-        default_guidance = 1.0 if is_distilled else 6.0
+        guidance = args.guidance_scale
+        if guidance is None and not scheduler.is_distilled:  # what is distilled has learnt its own
+            guidance = 6.0
         chunks = pipeline.stream(
             None,
             control,
@@ -235,7 +236,7 @@ def stream(description: str | None) -> None:
             **embeds,
             num_chunks=args.groups,
             num_inference_steps=args.num_inference_steps,
-            guidance_scale=default_guidance if args.guidance_scale is None else args.guidance_scale,
+            guidance_scale=guidance,
             control_guidance_scale=args.control_guidance_scale,
             height=args.height,
             width=args.width,

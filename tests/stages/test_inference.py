@@ -114,6 +114,29 @@ def test_streams_by_the_frame_by_time_and_from_a_video(make, stage, tiny_world):
     assert not np.array_equal(frames(first), frames(make(stage, "unstarted.mp4", *narrow, "--groups", 3)))
 
 
+@pytest.fixture(scope="module")
+def told_model(models) -> Path:
+    """A stage 4 that is told its guidance scale, and was taught those from 1 to 7."""
+    plain, scheduler = (load_component(models / "stage4", name) for name in ("transformer", "scheduler"))
+    transformer = type(plain).from_transformer(plain, cond_proj_dim=8)
+    torch.nn.init.normal_(transformer.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(0))
+    scheduler.register_to_config(guidance_range=[1.0, 7.0])
+    parts = {"transformer": transformer, "scheduler": scheduler}
+    write_pipeline(models / "told", models / "stage4", "CogVideoXStreamingPipeline", parts)
+    return models / "told"
+
+
+@pytest.mark.parametrize("stage, model, default", [(3, "stage3", 6), (4, "stage4", 1), (4, "told", 4)])
+def test_guidance_is_by_default_what_suits_the_model(make, models, told_model, stage, model, default):
+    """The middle of the range that a model was taught; else none in stage 4, whose teacher had it."""
+    call = ["--control", "D*9", "--num_inference_steps", 4, "--model_path", models / model]
+    unasked, same, other = (
+        make(stage, f"{i}.mp4", *call, *words).read_bytes()
+        for i, words in enumerate(([], ["--guidance_scale", default], ["--guidance_scale", default + 2]))
+    )
+    assert unasked == same != other
+
+
 def test_contact_sheet_shows_frames_and_commanded_signals(make, monkeypatch, tmp_path, capsys):
     video = make(2, "drive.mp4", "--control", "D*4,DL*5", *TWO_STEPS)
 

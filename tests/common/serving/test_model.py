@@ -1,12 +1,18 @@
-"""The played model: what compiling it changes."""
+"""The played model: what compiling it changes, and what has to be the same for a control log to be replayed."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from common.cogvideox.light_decoder import LightVideoDecoder
+from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.speed import SpeedOptions
-from common.serving.model import Start, WorldModel
+from common.serving.commands import differences
+from common.serving.model import ModelOptions, Start, WorldModel, inspect_model
 
 
 def test_a_compiled_model_is_ready_when_loaded_and_makes_the_same_world(tiny_world_model):
@@ -28,3 +34,44 @@ def test_a_compiled_model_is_ready_when_loaded_and_makes_the_same_world(tiny_wor
         assert np.abs(found - first_chunks(plain)).max() <= 1  # of 255
     finally:
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "logged, told",
+    [
+        ({"fps": 8.0, "clips": None}, ""),
+        ({"speed": SpeedOptions(decode_device="cpu")}, ""),
+        ({"dtype": "bfloat16"}, "dtype is float32 (in the log: bfloat16)"),
+        ({"device": "meta", "dtype": "float32"}, "device is cpu (in the log: meta)"),
+        ({"speed": SpeedOptions(decode_device="meta")}, "decode_device is not given (in the log: meta)"),
+        ({"speed": SpeedOptions(compile=True)}, "compile is not given (in the log: on)"),
+        ({"speed": SpeedOptions(float8=True)}, "float8 is not given (in the log: on)"),
+        (
+            {"speed": SpeedOptions(attention_backend="_native_math"), "guidance_scale": 0.0},
+            "guidance_scale is not given (in the log: 0.0), attention_backend is not given (in the log: _native_math)",
+        ),
+    ],
+)
+def test_what_changes_a_streams_frames_is_told_apart(tiny_world_model, logged, told):
+    options = tiny_world_model.options
+    assert differences(inspect_model(options).settings, inspect_model(replace(options, **logged)).settings) == told
+
+
+def test_a_model_trained_anew_in_its_place_is_another(tiny_models, tmp_path):
+    """And so is a light decoder."""
+    model, light = tmp_path / "stage4", tmp_path / "light"
+    shutil.copytree(tiny_models / "stage4", model)
+    decoder = LightVideoDecoder.for_vae(
+        load_component(model, "vae"), widths=(16, 8, 8), layers=(1, 1, 1), memory_layers=(1, 1, 0)
+    )
+    decoder.save_pretrained(light)
+    options = ModelOptions(str(model), device="cpu", speed=SpeedOptions(light_decoder=light))
+    before = inspect_model(options).settings
+    shutil.copytree(model, tmp_path / "elsewhere" / "stage4")  # with other times
+    assert inspect_model(replace(options, model_path=str(tmp_path / "elsewhere" / "stage4"))).settings == before
+    for directory, told in ((model / "transformer", "the model's weights are others"), (light, "light_decoder is ")):
+        file = directory / "diffusion_pytorch_model.safetensors"
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        after = inspect_model(options).settings
+        assert told in differences(after, before)
+    assert differences(after, before).count(",") == 1

@@ -103,7 +103,8 @@ def test_after_its_end_a_replay_goes_on_live_and_says_so(play):
         assert set(signals) == {3} and len(signals) == 33
         for changes, words in (
             ({"model": "another"}, "made with the model another, here runs stage4"),
-            ({"settings": "1x1"}, "made with the settings 1x1"),
+            ({"settings": ""}, "cannot be replayed: size is 48x32 (in the log: not given), "),
+            ({"settings": log["settings"].replace("device=cpu", "device=cuda")}, ": device is cpu (in the log: cuda)"),
             ({"complete": False}, "not complete"),
             ({"start": "clip"}, "a clip that this server does not have"),
             ({"shifts": [[0, "UP"]]}, "a signal that the model does not have"),
