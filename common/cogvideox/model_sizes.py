@@ -118,7 +118,8 @@ SIZES = {
         snr_shift_scale=1.0,
         dtype=torch.bfloat16,
     ),
-    # data/miniworld's base model, for 64×96 pixels and 33 frames; make_base starts from these values.
+    # As large as data/miniworld's base model, for 64×96 pixels and 33 frames. make_base takes transformer and schedule
+    # from here, but for what its options set; its VAE and text encoder are base_vae's and base_text's own.
     "mini": ModelSize(
         {
             **TRANSFORMER_2B,

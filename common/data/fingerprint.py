@@ -78,11 +78,11 @@ def is_current(path: Path, size: int | None, mtime: int | None, digest: str | No
 
 def component_digest(directory: Path) -> str:
     """A hash of a component's files: names and contents, but not what a library notes about itself in
-    config.json."""
+    config.json, or in scheduler_config.json."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in directory.iterdir() if p.suffix in WEIGHT_SUFFIXES):
         digest.update(path.name.encode())
-        if path.name == "config.json":
+        if path.name in ("config.json", "scheduler_config.json"):
             config = json.loads(path.read_text(encoding="utf-8"))
             config = {name: value for name, value in config.items() if not name.startswith("_")}
             config.pop("transformers_version", None)

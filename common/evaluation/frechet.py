@@ -1,15 +1,15 @@
-"""The Fréchet distance between two sets of features, its finite-sample floor, and bootstrap intervals.
+"""The Fréchet distance between two sets of features, and bootstrap intervals.
 
     d² = |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½)
 
 is the squared Wasserstein-2 distance between Gaussians of these moments (Dowson and Landau 1982), used for images by
 Heusel et al., arXiv 1706.08500 ("FID"), and for video by Unterthiner et al., arXiv 1812.01717. From n samples it comes
 out too large, by about 1/n times a constant that depends on the features (Chong and Forsyth, arXiv 1911.07023): true
-video compared with true video of the same n gives that floor, and `distance_floor` measures it. Most of it is the luck
-of which scenes are in a set: on the mini world 200 segments lie 2 to 4 from a reference of other scenes, and 0.3 from
-true video of the same captions with other drives. Compare with a reference of the same captions.
+video compared with true video of the same n gives that floor. Most of it is the luck of which scenes are in a set: on
+the mini world 200 segments lie 2 to 4 from a reference of other scenes, and 0.3 from true video of the same captions
+with other drives. Compare with a reference of the same captions.
 
-Everything is float64. Shapes: n m samples, D feature width.
+Everything is float64. Shapes: n samples, D feature width.
 """
 
 from __future__ import annotations
@@ -50,20 +50,12 @@ class FeatureStatistics:
         values = features.detach().to("cpu", torch.float64)
         if not values.isfinite().all():
             raise ValueError("features hold values that are not finite")
-        if len(values):
-            mean = values.mean(0)
-            centred = values - mean
-            self._add(len(values), mean, centred.T @ centred)
-
-    def merge(self, other: FeatureStatistics) -> None:
-        """Adds the samples that `other` has seen."""
-        if other.count:
-            self._add(other.count, other.mean, other._scatter)
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total = self.count + count
-        change = mean - self.mean
-        self._scatter = self._scatter + scatter + torch.outer(change, change) * (self.count * count / total)
+        if not len(values):
+            return
+        count, mean = len(values), values.mean(0)
+        total, centred, change = self.count + count, values - mean, mean - self.mean
+        scatter = self._scatter + centred.T @ centred
+        self._scatter = scatter + torch.outer(change, change) * (self.count * count / total)
         self.mean = self.mean + change * (count / total)
         self.count = total
 
@@ -99,11 +91,6 @@ def statistics_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """d² of two sets of features, [n, D] and [m, D]; at least two samples each, n and m may differ."""
-    return statistics_distance(FeatureStatistics.of(features_a), FeatureStatistics.of(features_b))
-
-
 @dataclass(frozen=True)
 class Interval:
     """A value with the interval it lies in."""
@@ -112,93 +99,22 @@ class Interval:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
-
-
-def _groups_of(num_samples: int, groups: Tensor | None) -> list[Tensor]:
-    """Row numbers of each group; without groups, every sample is its own."""
-    if groups is None:
-        return list(torch.arange(num_samples)[:, None])
-    if len(groups) != num_samples:
-        raise ValueError(f"{len(groups)} group numbers for {num_samples} samples")
-    return [torch.nonzero(groups == value).flatten() for value in groups.unique()]
-
-
-def distance_floor(
-    features: Tensor,
-    num_samples: int,
-    reference: FeatureStatistics | None = None,
-    groups: Tensor | None = None,
-    num_draws: int = 20,
-    seed: int = 0,
-) -> Interval:
-    """True against true: the distance that `num_samples` samples show although nothing differs.
-
-    `features` [n, D] of true video are dealt at random, again and again; what is compared is `num_samples` of them with
-    `reference`, or, without one, with as many others. Give the same reference and number as in the comparison that
-    the floor is for, and true video that is not part of the reference. `groups` int [n] names the video that each
-    sample is from: samples of one video resemble one another and are dealt together, whole videos until there are
-    enough (so the last one is cut off).
-
-    Returns the mean over draws, and the 2.5 and 97.5 % points of single draws.
-
-    Raises:
-        ValueError: when there are too few samples.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    members = _groups_of(len(features), groups)
-    needed = num_samples if reference else 2 * num_samples
-    if needed > len(features):
-        raise ValueError(f"a floor at {num_samples} samples needs {needed} true ones, there are {len(features)}")
-    distances = []
-    for _ in range(num_draws):
-        order = torch.randperm(len(members), generator=generator)
-        rows = order if groups is None else torch.cat([members[i] for i in order])
-        one = FeatureStatistics.of(features[rows[:num_samples]])
-        # The other half is taken from the end: the two share no video, but for at most one at the seam.
-        other = reference or FeatureStatistics.of(features[rows[-num_samples:]])
-        distances.append(statistics_distance(one, other))
-    spread = torch.tensor(distances, dtype=torch.float64)
-    low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(spread.mean().item(), low, high)
-
 
 def bootstrap_interval(
-    statistic: Callable[[Tensor], float],
-    num_samples: int,
-    groups: Tensor | None = None,
-    num_draws: int = 200,
-    confidence: float = 0.95,
-    seed: int = 0,
+    statistic: Callable[[Tensor], float], num_samples: int, num_draws: int = 200, seed: int = 0
 ) -> Interval:
-    """The interval of any statistic of samples, by drawing the samples again with replacement (Efron 1979).
+    """The 95 % interval of any statistic of samples, by drawing the samples again with replacement (Efron 1979).
 
-    `statistic` takes row numbers int64 [n] (with repeats) and returns a number. `groups` int [num_samples] names the
-    video or the sampling seed that each sample is from; then whole groups are drawn.
+    `statistic` takes row numbers int64 [n] (with repeats) and returns a number. Samples have to be independent: give
+    videos, not their segments.
 
     A set drawn with repeats has less variety than the one it is from, which raises a Fréchet distance: the interval is
     the spread of the draws about their own mean, put around the statistic of the samples themselves.
     """
     generator = torch.Generator().manual_seed(seed)
-    members = _groups_of(num_samples, groups)
     value = float(statistic(torch.arange(num_samples)))
     draws = torch.empty(num_draws, dtype=torch.float64)
     for i in range(num_draws):
-        drawn = torch.randint(len(members), (len(members),), generator=generator)
-        rows = drawn if groups is None else torch.cat([members[j] for j in drawn])
-        draws[i] = float(statistic(rows))
-    tail = (1 - confidence) / 2
-    low, high = (draws - draws.mean()).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+        draws[i] = float(statistic(torch.randint(num_samples, (num_samples,), generator=generator)))
+    low, high = (draws - draws.mean()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(value, value + low, value + high)
-
-
-def distance_interval(
-    features: Tensor, reference: FeatureStatistics, groups: Tensor | None = None, num_draws: int = 200, seed: int = 0
-) -> Interval:
-    """d² between features [n, D] and a fixed reference, with its bootstrap 95 % interval; see `bootstrap_interval`."""
-
-    def distance(rows: Tensor) -> float:
-        return statistics_distance(FeatureStatistics.of(features[rows]), reference)
-
-    return bootstrap_interval(distance, len(features), groups, num_draws, seed=seed)

@@ -42,28 +42,6 @@ class Latency:
     frames: Tensor
     noise: tuple[float, float]
 
-    @property
-    def num_answered(self) -> int:
-        return int(self.frames.isfinite().sum())
-
-    @property
-    def num_unanswered(self) -> int:
-        return int(self.frames.isnan().sum())
-
-    @property
-    def median(self) -> float:
-        """Over the answered changes; NaN without any."""
-        return self._quantile(0.5)
-
-    @property
-    def percentile_95(self) -> float:
-        """Over the answered changes; NaN without any."""
-        return self._quantile(0.95)
-
-    def _quantile(self, share: float) -> float:
-        answered = self.frames[self.frames.isfinite()]
-        return float(answered.quantile(share)) if len(answered) else math.nan
-
 
 def response_latency(motion: Motion, signals: Tensor, physics: Physics, patience: int = 32) -> Latency:
     """The latency of every change in signals int64 [B, N]: the signal given at each raw frame of the measured clips.

@@ -12,7 +12,6 @@ from common.evaluation.plots import write_plots
 
 Row = dict[str, Any]
 KIND_NAMES = {"true": "true video", "vae": "VAE ceiling"}
-PIPELINE_NAMES = {"vae": "true video, encoded and decoded by this VAE"}
 
 
 def write_report(folder: Path, report: dict[str, Any], samples: Sequence[str] = ()) -> str:

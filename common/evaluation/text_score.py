@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.evaluation.frechet import Interval, bootstrap_interval
 from common.evaluation.scene_network import SceneNetwork, check_frames, cut_segments
 
 
@@ -26,22 +25,6 @@ class TextScore:
 
     correct: dict[str, Tensor]
     shown: list[dict[str, str]]
-
-    @property
-    def accuracy(self) -> dict[str, float]:
-        """Kind → share of the videos that show it; and "all", the mean over kinds."""
-        shares = {kind: values.nanmean().item() for kind, values in self.correct.items()}
-        return {**shares, "all": sum(shares.values()) / len(shares)}
-
-    def interval(self, kind: str, groups: Tensor | None = None) -> Interval:
-        """Accuracy of one kind with its bootstrap 95 % interval; `groups` int [B], see `bootstrap_interval`."""
-        values = self.correct[kind]
-        return bootstrap_interval(lambda rows: values[rows].nanmean().item(), len(values), groups)
-
-    def joined(self, other: TextScore) -> TextScore:
-        """The verdicts on both sets of videos."""
-        correct = {kind: torch.cat([values, other.correct[kind]]) for kind, values in self.correct.items()}
-        return TextScore(correct, self.shown + other.shown)
 
 
 def score_text(network: SceneNetwork, frames: Tensor, captions: Sequence[str]) -> TextScore:

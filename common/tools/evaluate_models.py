@@ -76,11 +76,21 @@ def plan_model(path: str, name: str, args: argparse.Namespace) -> ModelPlan:
     return ModelPlan(
         name, directory, kind, *picture_size(directory, index), widths,
         {
-            "weights": component_digest(directory / "transformer"), "vae": component_digest(directory / "vae"),
-            "dtype": dtype,
+            **_components(directory, index), "dtype": dtype,
             "num_inference_steps": steps, "guidance_scale": guidance, "control_guidance_scale": control_guidance,
         },
     )  # fmt: skip
+
+
+def _components(directory: Path, index: dict[str, Any]) -> dict[str, str]:
+    """What a pipeline is made of: a digest of each component, beside the class that the index names for it.
+
+    The transformer's, called "weights", and the VAE's are digests alone: they are shown in the report.
+    """
+    named = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    digests = {name: component_digest(directory / name) for name in named if (directory / name).is_dir()}
+    shown = {"weights": digests.pop("transformer"), "vae": digests.pop("vae")}
+    return shown | {name: f"{named[name]} {digest}" for name, digest in digests.items()}
 
 
 @dataclass

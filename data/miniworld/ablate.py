@@ -7,7 +7,8 @@ r"""What helps? Trains a stage of the mini world once for each arm and seed, all
 Behind `--` stand settings for every arm, as on the stage's launch line; an arm's own come after them. OUT/ARM/SEED
 holds a run and OUT/ARM/SEED/report its evaluation; OUT/ablation.md and .json set the arms side by side. What is there
 already is kept, so the same command goes on where it was stopped, and several machines may share the work by --arms and
---seeds.
+--seeds. A command that differs is refused where it would have trained or measured otherwise: the trainer and the
+evaluation are started for every arm, and compare. For one that is done that takes about half a minute.
 
 An arm that differs in sampling alone is measured on the default's weights. "default" is what the stage's
 miniworld_config.py and the settings behind `--` say.
@@ -142,34 +143,35 @@ class Ablation:
 
     def __init__(self, args: argparse.Namespace, run: Callable[[Sequence[str]], None]):
         self.args, self.run = args, run
+        self.trained: set[Path] = set()  # some arms have the default's weights: once is enough
 
     def folder(self, arm: str, seed: int) -> Path:
         return self.args.output_dir / "".join(c if c.isalnum() else "_" for c in arm) / str(seed)
 
     def measure(self, arm: str, seed: int) -> dict[str, float]:
-        """Trains and evaluates one arm at one seed, unless that is done."""
-        report = self.folder(arm, seed) / "report" / "report.json"
-        if not report.exists():
-            change = ARMS[self.args.stage][arm]
-            trained = self.folder(arm if change.train else DEFAULT, seed) / "model"
-            if not (trained / "model_index.json").exists():
-                self.run([
-                    "common.tools.train", "--config", f"stage{self.args.stage}/training/miniworld_config.py",
-                    "--pretrained_model_name_or_path", str(self.args.pretrained_model_name_or_path),
-                    "--output_dir", str(trained), "--seed", str(seed), "--validation_steps", "0",
-                    "--validation_prompts", *self.args.settings,
-                    *(word.format(clip_cache=self.args.clip_cache) for word in change.train.split()),
-                ])  # fmt: skip
-            self.share_true_video(report.parent / "parts", seed)
-            minutes = self.args.drift_minutes
-            drift = ("drift", "--minutes", f"{minutes:g}", "--num_streams", "24") if minutes else ()
-            guided = () if self.args.stage == 4 else ("--control_guidance_scale", CONTROL_GUIDANCE)
+        """Trains and evaluates one arm at one seed. Both programs keep what they made before, and refuse to go on from
+        what other settings made."""
+        change, report = ARMS[self.args.stage][arm], self.folder(arm, seed) / "report"
+        trained = self.folder(arm if change.train else DEFAULT, seed) / "model"
+        if trained not in self.trained:
             self.run([
-                "common.tools.evaluate", "--model_path", str(trained), "--output_dir", str(report.parent),
-                "--measures", *MEASURES[self.args.stage], *drift, "--num_videos", str(self.args.num_videos),
-                "--batch_size", str(self.args.num_videos), "--seeds", str(seed), *guided, *change.evaluate.split(),
+                "common.tools.train", "--config", f"stage{self.args.stage}/training/miniworld_config.py",
+                "--pretrained_model_name_or_path", str(self.args.pretrained_model_name_or_path),
+                "--output_dir", str(trained), "--seed", str(seed), "--validation_steps", "0",
+                "--validation_prompts", *self.args.settings,
+                *(word.format(clip_cache=self.args.clip_cache) for word in change.train.split()),
             ])  # fmt: skip
-        return figures_of(json.loads(report.read_text()))
+            self.trained.add(trained)
+        self.share_true_video(report / "parts", seed)
+        minutes = self.args.drift_minutes
+        drift = ("drift", "--minutes", f"{minutes:g}", "--num_streams", "24") if minutes else ()
+        guided = () if self.args.stage == 4 else ("--control_guidance_scale", CONTROL_GUIDANCE)
+        self.run([
+            "common.tools.evaluate", "--model_path", str(trained), "--output_dir", str(report),
+            "--measures", *MEASURES[self.args.stage], *drift, "--num_videos", str(self.args.num_videos),
+            "--batch_size", str(self.args.num_videos), "--seeds", str(seed), *guided, *change.evaluate.split(),
+        ])  # fmt: skip
+        return figures_of(json.loads((report / "report.json").read_text()))
 
     def share_true_video(self, parts: Path, seed: int) -> None:
         """True video is drawn and measured for one arm at each seed; the others get what came of it (`evaluate`)."""

@@ -21,6 +21,7 @@ from common.config.files import replace_text, replacing
 from common.training.step_graph import StepGraph
 
 WARM_UP = 0.05  # share of the budget
+LOOK_EVERY = 10  # steps; reading the loss waits for the device
 
 # These do not change what is trained.
 IGNORED_ON_RESUME = ("device", "compile", "output_dir", "data_root", "index_file", "vae_index_file", "init_vae")
@@ -99,7 +100,7 @@ def fit(
     `checkpoint_seconds` and at the end.
 
     Raises:
-        FloatingPointError: when a loss is not finite.
+        UserError: when the loss or its gradient is not finite; such weights are never saved.
     """
     step, seconds, peak = 0, 0.0, float(optimizer.param_groups[0]["lr"])
     if checkpoint.exists():
@@ -115,12 +116,21 @@ def fit(
     def step_of(batch: Batch, _: object) -> Tensor:
         loss = loss_of_batch(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return torch.stack([loss.detach(), norm])
 
     take_step = StepGraph(step_of, device)  # models this small wait for Python, not for the GPU
+
+    def finite_loss(figures: Tensor) -> float:
+        loss, norm = figures.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"{description}: the loss is {loss} at step {step}, its gradient's norm {norm}: give a lower learning "
+                "rate and another --output_dir"
+            )
+        return loss
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
@@ -128,23 +138,24 @@ def fit(
             torch.save(state, beside)
 
     model.train()
+    figures = None  # the last step's loss and gradient norm
     last_save = time.monotonic()
     bar_format = "{desc} {percentage:5.1f}% |{bar}| {elapsed}<{remaining} {postfix}"
     with tqdm(total=1000, desc=description, bar_format=bar_format) as bar:
         while (progress := budget.progress(step, seconds)) < 1.0:
             started = time.monotonic()
             rate.fill_(learning_rate(progress, peak))
-            loss = take_step(batch_of_step(step, progress))
-            if step % 10 == 0:  # reading the loss waits for the device
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"{description}: the loss is {value} at step {step}")
-                bar.set_postfix_str(f"step {step}, loss {value:.4f}")
+            figures = take_step(batch_of_step(step, progress))
             step += 1
+            is_saving = time.monotonic() - last_save > checkpoint_seconds
+            if is_saving or step % LOOK_EVERY == 0:
+                bar.set_postfix_str(f"step {step}, loss {finite_loss(figures):.4f}")
             seconds += time.monotonic() - started
             bar.update(int(1000 * budget.progress(step, seconds)) - bar.n)
-            if time.monotonic() - last_save > checkpoint_seconds:
+            if is_saving:
                 save()
                 last_save = time.monotonic()
-    save()
+    if figures is not None:
+        finite_loss(figures)
+        save()
     return step

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.cogvideox.autoencoder import latent_form
 from common.cogvideox.model_sizes import SIZES
+from common.cogvideox.noise_schedule import mix_noise, velocity
 from common.training.encoding import sample_posterior
 from data.miniworld.base_text import MAX_TEXT_LENGTH, TEXT_DIM
 from data.miniworld.base_training import Batch
@@ -64,24 +65,22 @@ def v_loss(
     autocast: Callable[[], torch.autocast],
     batch: Batch,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity √ᾱ·noise − √(1−ᾱ)·latents; the schedule in float32.
+    """Mean squared error of the predicted velocity.
 
     `batch` holds latents and noise [B, F, C, H, W], prompt_embeds [B, L, D], timesteps int64 [B]; `alphas` is ᾱ [T],
     `rotary` what `rotary_positional_embeddings` gives.
     """
-    alpha = alphas[batch["timesteps"]].view(-1, 1, 1, 1, 1)
-    signal, sigma = alpha.sqrt().float(), (1 - alpha).sqrt().float()
-    noisy = signal * batch["latents"] + sigma * batch["noise"]
-    target = signal * batch["noise"] - sigma * batch["latents"]
+    latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
+    noisy = mix_noise(latents, noise, timesteps, alphas)
     with autocast():
         prediction = transformer(
             hidden_states=noisy,
             encoder_hidden_states=batch["prompt_embeds"],
-            timestep=batch["timesteps"],
+            timestep=timesteps,
             image_rotary_emb=rotary,
             return_dict=False,
         )[0]
-    return (prediction.float() - target).square().mean()
+    return (prediction.float() - velocity(latents, noise, timesteps, alphas)).square().mean()
 
 
 @dataclass(frozen=True)

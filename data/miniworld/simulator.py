@@ -70,10 +70,6 @@ class Trajectory:
     def __getitem__(self, frames: slice) -> Trajectory:
         return Trajectory(**{field.name: getattr(self, field.name)[frames] for field in fields(self)})
 
-    def final_state(self) -> State:
-        """The state after the last frame: `simulate(more, seed, start=that)` goes on from there."""
-        return State(*(float(getattr(self, name)[-1]) for name in ("x", "y", "heading", "speed", "yaw_rate")))
-
 
 def signal_targets(signal: str, speed: float) -> tuple[float, float]:
     """Speed (m/s) and yaw rate (rad/s) that a signal leads to when it is held.

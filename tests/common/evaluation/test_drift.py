@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.evaluation.drift import LOOK_NAMES, DriftMeter, Look, Segment, look_of_frames, summarize
-from common.evaluation.frechet import FeatureStatistics, frechet_distance
+from common.evaluation.frechet import FeatureStatistics, statistics_distance
 from common.evaluation.scene_network import SceneNetwork, cut_segments
 
 LABELS = {"weather": {"clear": ["clear sky"], "rain": ["in rain"]}}
@@ -53,7 +53,8 @@ def test_segments_do_not_depend_on_how_the_stream_is_cut(network, pieces):
     assert completed == meter.segments and len(completed) == 3
     for index, segment in enumerate(completed):
         part = frames[:, 20 * index : 20 * (index + 1)]
-        expected = frechet_distance(network.features(cut_segments(part, 8)), reference)
+        features = network.features(cut_segments(part, 8))
+        expected = statistics_distance(FeatureStatistics.of(features), FeatureStatistics.of(reference))
         assert (segment.start, segment.num_samples) == (5.0 * index, 4)
         assert segment.distance == pytest.approx(expected, rel=1e-4)
         look = look_of_frames(part).mean((0, 1))

@@ -1,19 +1,11 @@
-"""The Fréchet distance against closed forms, its floor, and intervals."""
+"""The Fréchet distance against closed forms, and intervals."""
 
 import math
 
 import pytest
 import torch
 
-from common.evaluation.frechet import (
-    FeatureStatistics,
-    bootstrap_interval,
-    distance_floor,
-    distance_interval,
-    frechet_distance,
-    gaussian_distance,
-    statistics_distance,
-)
+from common.evaluation.frechet import FeatureStatistics, bootstrap_interval, gaussian_distance, statistics_distance
 
 
 def normal(count: int, dim: int, seed: int) -> torch.Tensor:
@@ -30,6 +22,10 @@ def with_moments(count: int, mean: torch.Tensor, covariance: torch.Tensor, seed:
     white = white - white.mean(0)
     white = white @ torch.linalg.inv(torch.linalg.cholesky(white.T @ white / (count - 1))).T
     return mean + white @ torch.linalg.cholesky(covariance).T
+
+
+def distance_of(features_a: torch.Tensor, features_b: torch.Tensor) -> float:
+    return statistics_distance(FeatureStatistics.of(features_a), FeatureStatistics.of(features_b))
 
 
 def test_one_dimension_is_the_difference_of_means_and_of_deviations():
@@ -56,25 +52,21 @@ def test_two_dimensions_that_do_not_commute():
     assert gaussian_distance(zero, a, zero, b) == pytest.approx(expected, abs=1e-12)
     assert gaussian_distance(zero, b, zero, a) == pytest.approx(expected, abs=1e-12)
     samples = [with_moments(50, zero, covariance, seed) for seed, covariance in enumerate((a, b))]
-    assert frechet_distance(*samples) == pytest.approx(expected, abs=1e-10)
+    assert distance_of(*samples) == pytest.approx(expected, abs=1e-10)
 
 
 def test_a_set_is_at_no_distance_from_itself_even_without_full_rank():
     few = normal(5, 64, 0)  # 5 samples span 4 of 64 dimensions
-    assert frechet_distance(few, few) == pytest.approx(0.0, abs=1e-6)
+    assert distance_of(few, few) == pytest.approx(0.0, abs=1e-6)
     flat = few * 0
-    assert frechet_distance(flat, flat + 2) == pytest.approx(4 * 64, abs=1e-9)
+    assert distance_of(flat, flat + 2) == pytest.approx(4 * 64, abs=1e-9)
 
 
 def test_running_moments_equal_those_of_the_whole_far_from_zero():
     features = normal(1000, 6, 3) @ normal(6, 6, 4) + 1e6  # sums of squares would lose eight digits here
-    running, other = FeatureStatistics(6), FeatureStatistics(6)
-    for piece in features[:600].split(37):
+    running = FeatureStatistics(6)
+    for piece in (*features[:600].split(37), features[:0], *features[600:].split(1)):
         running.update(piece)
-    for piece in features[600:].split(1):
-        other.update(piece)
-    running.merge(other)
-    running.merge(FeatureStatistics(6))
     assert running.count == 1000
     torch.testing.assert_close(running.mean, features.mean(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(running.covariance, features.T.cov(), rtol=1e-8, atol=1e-8)
@@ -88,27 +80,7 @@ def test_wrong_features_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         statistics.update(torch.full((2, 3), torch.nan))
     with pytest.raises(ValueError, match="at least 2 samples, there is 1"):
-        frechet_distance(torch.zeros(1, 3), torch.zeros(5, 3))
-
-
-def test_floor_falls_with_the_number_of_samples():
-    """For n samples of a D-dimensional standard normal against the true moments: D/n for the mean, and to first order
-    D (D + 1) / 4n for the covariance. Against as many others, twice that."""
-    dim, pool = 8, normal(20_000, 8, 5)
-    known = FeatureStatistics.of(with_moments(100, torch.zeros(dim).double(), torch.eye(dim).double(), 6))
-    for count in (200, 1000):
-        expected = (dim + dim * (dim + 1) / 4) / count
-        floor = distance_floor(pool, count, known, num_draws=60)
-        assert floor.value == pytest.approx(expected, rel=0.15) and floor.low < floor.value < floor.high
-        assert distance_floor(pool, count, num_draws=60).value == pytest.approx(2 * expected, rel=0.15)
-    with pytest.raises(ValueError, match="needs 20002 true ones, there are 20000"):
-        distance_floor(pool, 10_001)
-
-
-def test_samples_of_one_video_are_dealt_together():
-    groups = torch.arange(50).repeat_interleave(10)
-    features = normal(50, 4, 7)[groups] + 0.1 * normal(500, 4, 8)
-    assert distance_floor(features, 200, groups=groups).value > 3 * distance_floor(features, 200).value
+        distance_of(torch.zeros(1, 3), torch.zeros(5, 3))
 
 
 def test_interval_holds_the_truth_as_often_as_it_says():
@@ -122,20 +94,13 @@ def test_interval_holds_the_truth_as_often_as_it_says():
     assert 88 <= held <= 99
 
 
-def test_interval_is_wider_when_samples_come_in_groups():
-    groups = torch.arange(20).repeat_interleave(20)
-    sample = normal(20, 1, 9)[groups, 0]
-    lone, grouped = (
-        bootstrap_interval(lambda rows: sample[rows].mean().item(), 400, groups=g, num_draws=200)
-        for g in (None, groups)
-    )
-    assert grouped.high - grouped.low > 2.5 * (lone.high - lone.low)
-    with pytest.raises(ValueError, match="400 group numbers for 5 samples"):
-        bootstrap_interval(lambda rows: 0.0, 5, groups=groups)
-
-
 def test_interval_of_a_distance_holds_the_distance():
     reference = FeatureStatistics.of(normal(5000, 5, 10))
-    interval = distance_interval(normal(300, 5, 11) + 1.0, reference, num_draws=100)
+    features = normal(300, 5, 11) + 1.0
+
+    def distance(rows: torch.Tensor) -> float:
+        return statistics_distance(FeatureStatistics.of(features[rows]), reference)
+
+    interval = bootstrap_interval(distance, len(features), num_draws=100)
     assert interval.low < interval.value < interval.high
     assert interval.low < 5.0 < interval.high and interval.high - interval.low < 2

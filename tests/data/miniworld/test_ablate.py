@@ -72,8 +72,18 @@ def test_runs_each_arm_once_and_sampling_alone_on_the_defaults_weights(tmp_path)
     assert len(measured) == 6 and len(four) == 2 and all("/default/" in call[2] for call in four)
 
     again = ablation(tmp_path, *words)
-    assert again.all() == table and not again.run.calls
+    assert again.all() == table and again.run.calls == first.run.calls  # the programs know what is done already
     assert (tmp_path / "ablation.md").read_text() == table
+
+
+def test_a_changed_command_reaches_the_programs_which_refuse_it(tmp_path):
+    kept = ("--seeds", "0", "--arms", "4 steps")
+    ablation(tmp_path, *kept, "--", "--max_train_steps", "7").all()
+    changed = ablation(tmp_path, *kept, "--num_videos", "8", "--drift_minutes", "1", "--", "--max_train_steps", "8")
+    changed.all()
+    train, evaluate = (" ".join(call) for call in changed.run.calls)
+    assert train.startswith("common.tools.train ") and "--max_train_steps 8" in train
+    assert evaluate.startswith("common.tools.evaluate ") and "--num_videos 8" in evaluate and "--minutes 1" in evaluate
 
 
 def test_true_video_is_measured_once_a_seed(tmp_path):

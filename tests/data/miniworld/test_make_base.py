@@ -7,6 +7,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from transformers import T5EncoderModel, T5Tokenizer
 
+from common.config.errors import UserError
 from common.data.video import read_clip
 from common.training.encoding import encode_prompts
 from data.miniworld import base_text, make_base, make_videos
@@ -111,6 +112,36 @@ def test_killed_run_goes_on_and_ends_the_same(base, world, tmp_path, monkeypatch
     for part in ("vae", "transformer"):
         file = f"{part}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "base" / file).read_bytes() == (base / file).read_bytes()
+
+
+def training_that_fails(tmp_path, loss_of_step):
+    """`fit` for 4 steps of one weight, all saved, with `loss_of_step(step, weight)`; → the refusal, the last save."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    checkpoint = tmp_path / "model.pt"
+    with pytest.raises(UserError) as refusal:
+        fit(
+            model, optimizer, lambda step, _: {"step": torch.tensor(step)},
+            lambda batch: loss_of_step(int(batch["step"]), model.weight.sum()),
+            Budget(4), checkpoint, "part", checkpoint_seconds=0.0,
+        )  # fmt: skip
+    return str(refusal.value), torch.load(checkpoint, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [lambda weight: weight * torch.nan, lambda weight: (weight * 0).sqrt()],  # the second: its gradient alone
+    ids=["loss", "gradient"],
+)
+@pytest.mark.parametrize("step", [2, 3])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, failing, step):
+    def loss_of_step(at, weight):
+        return failing(weight) if at == step else weight.square()
+
+    told, saved = training_that_fails(tmp_path, loss_of_step)
+    assert told.startswith("part: the loss is ") and f"at step {step + 1}" in told
+    assert "lower learning rate and another --output_dir" in told
+    assert saved["step"] == step and saved["model"]["weight"].isfinite().all()
 
 
 def test_other_settings_in_the_same_directory_are_refused(base, world):
