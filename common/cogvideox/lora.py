@@ -141,7 +141,7 @@ def cut_lora(lora: Lora, share: float) -> Lora:
         # The factors of B = Q R and Aᵀ = P S leave a matrix of rank × rank to decompose: B·A = Q (R Sᵀ) Pᵀ.
         (q, r), (p, s) = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T)
         u, values, vh = torch.linalg.svd(r @ s.T)
-        kept = values.square().cumsum(0) / values.square().sum().clamp_min(1e-300)
+        kept = values.square().cumsum(0) / values.square().sum()  # NaN, so of rank 1, where nothing is added
         rank = min(int((kept < share).sum()) + 1, len(values))
         root = values[:rank].sqrt()
         factors[layer] = ((root[:, None] * (vh[:rank] @ p.T)).to(a.dtype), (q @ u[:, :rank] * root).to(b.dtype))

@@ -233,6 +233,13 @@ class TrainingSettings:
             if getattr(self, name) != value:
                 raise SettingError(setting, message.format(f"{name} = {value!r}"))
 
+    def refuse_changed(self, why: str, *names: str) -> None:
+        """SettingError for the first of `names` that has another value than its default."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise SettingError(name, f"{why}; leave it at {defaults[name]!r}")
+
     def _check_buckets(self) -> None:
         for name in ("frame_buckets", "height_buckets", "width_buckets"):
             values = getattr(self, name)

@@ -34,6 +34,7 @@ from common.data.index import ClipRecord
 from common.data.latent_cache import LatentCacheWriter, clear_cache
 from common.data.loader import read_records
 from common.data.video import ClipError
+from common.training.accelerator import compute_dtype
 from common.training.encoding import encode_moments, encode_prompts
 
 OUT_OF_MEMORY_HELP = "out of memory: lower frame_buckets, height_buckets/width_buckets or dataloader_num_workers"
@@ -146,14 +147,9 @@ def encode_captions(
         return
     base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
     tokenizer = load_component(base, "tokenizer")
-    text_encoder = load_component(base, "text_encoder", weight_dtype(settings, device)).to(device)
+    text_encoder = load_component(base, "text_encoder", compute_dtype(settings, device)).to(device)
     for caption in share.progress(captions, "captions"):
         writer.add_prompt(caption, encode_prompts(tokenizer, text_encoder, [caption], settings.max_sequence_length)[0])
-
-
-def weight_dtype(settings: TrainingSettings, device: torch.device) -> torch.dtype:
-    """The type in which the trainer holds frozen weights on this device: on a CPU always float32."""
-    return torch.bfloat16 if settings.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
 
 
 def extents(settings: TrainingSettings) -> tuple[list[tuple[list[ClipRecord], int, int]], list[str]]:
@@ -194,7 +190,7 @@ def precompute(settings: TrainingSettings, renew: bool = False) -> dict[str, int
         num_windows = sum(len(tasks) for _, tasks in work)
         if num_windows:
             base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
-            vae = load_component(base, "vae", weight_dtype(settings, device)).to(device)
+            vae = load_component(base, "vae", compute_dtype(settings, device)).to(device)
             for videos, tasks in work:
                 encode_windows(writer, vae, videos, tasks, share, settings.dataloader_num_workers)
     return {"windows": num_windows, "captions": len(captions)}

@@ -10,14 +10,19 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 
+def compute_dtype(settings: Any, device: torch.device) -> torch.dtype:
+    """The type of products and of frozen weights. A CPU computes in float32 unless the weights are of less."""
+    is_bf16 = settings.mixed_precision == "bf16" and (device.type != "cpu" or settings.trained_weights == "bfloat16")
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
 def build_accelerator(settings: Any) -> Accelerator:
-    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # torch 2.13 has another name for it, which the oldest torch that we run on does not know.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return Accelerator(
-        cpu=not on_gpu,
-        # A CPU computes in float32 unless the weights are of less.
-        mixed_precision=settings.mixed_precision if on_gpu or settings.trained_weights == "bfloat16" else "no",
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if compute_dtype(settings, device) == torch.bfloat16 else "no",
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=str(Path(settings.output_dir) / "logs"),
         kwargs_handlers=[

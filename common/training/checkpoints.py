@@ -44,6 +44,10 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+# What decides on nothing but the export: a finished run exports anew with another value, from its last checkpoint.
+EXPORT_ONLY = ("learnt_share", "carry_solver_history")
+
+
 def module_state(module: nn.Module) -> dict[str, Tensor]:
     """Trained parameters and persistent buffers, as they are (perhaps sharded)."""
     return {
@@ -200,7 +204,7 @@ def check_same_base(where: Path, saved: dict[str, Any], digest: str | None, sett
 def _may_differ(name: str, settings: Any) -> bool:
     if name == "max_train_steps":
         return settings.lr_scheduler in ENDLESS_SCHEDULES
-    return name in MAY_CHANGE or (name.startswith("validation_") and name != "validation_index_file")
+    return name in (*MAY_CHANGE, *EXPORT_ONLY) or (name.startswith("validation_") and name != "validation_index_file")
 
 
 def _same(name: str, saved: dict[str, Any], now: dict[str, Any]) -> bool:

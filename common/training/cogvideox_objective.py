@@ -56,7 +56,8 @@ class CogVideoXObjective(Objective):
         """
         self.device, self.weight_dtype = device, weight_dtype
         self.base_dir = resolve_pipeline_directory(self.settings.pretrained_model_name_or_path)
-        read_model_index(self.base_dir, expected=self.base_pipeline)
+        index = read_model_index(self.base_dir, expected=self.base_pipeline)
+        self.check_base(self.base_dir, index, component_config(self.base_dir, "transformer", index)[1])
         self.scheduler = load_component(self.base_dir, "scheduler")
         self.alphas = noise_schedule.alphas_with_clean_end(self.scheduler, device)
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
@@ -136,7 +137,7 @@ class CogVideoXObjective(Objective):
         with torch.device("meta"):
             module = self.make_module(transformer_class.from_config(config).requires_grad_(False))
         patch = module.config.patch_size * scale
-        frames = {n: (n - 1) // VAE_TIME_FACTOR + 1 for n in settings.frame_buckets}
+        frames = {n: (n - 1) // VAE_TIME_FACTOR + 1 for n in self.window_sizes()}
         return {
             "base": str(base) if base.is_dir() else f"{base} (not on this disk: sizes are those of CogVideoX-2B)",
             "latent frames per window": list(frames.values()),
@@ -149,6 +150,10 @@ class CogVideoXObjective(Objective):
             "parameters": sum(p.numel() for p in module.parameters()),
             "trained parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
+
+    def window_sizes(self) -> list[int]:
+        """Raw frames of what a forward gets."""
+        return self.settings.frame_buckets
 
     def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
         """UserError when the base's index or its transformer's config rules these settings out."""

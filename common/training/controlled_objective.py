@@ -76,10 +76,9 @@ class StreamingSettings(ControlledSettings):
             raise SettingError("offset_noise", f"must be 0 or more, got {self.offset_noise}")
         if not 0 <= self.uniform_timestep_share <= 1:
             raise SettingError("uniform_timestep_share", f"must lie between 0 and 1, got {self.uniform_timestep_share}")
-        for frames in self.frame_buckets:
-            self.check_window("frame_buckets", frames)
+        for frames in self.window_sizes():
+            self.check_window("window_frames" if self.window_frames else "frame_buckets", frames)
         for frames in self.window_frames:
-            self.check_window("window_frames", frames)
             if frames > min(self.frame_buckets):
                 raise SettingError(
                     "window_frames", f"{frames} is more than frame_buckets' shortest, {min(self.frame_buckets)}"
@@ -97,9 +96,13 @@ class StreamingSettings(ControlledSettings):
                 f"use {below} or {below + step}",
             )
 
+    def window_sizes(self) -> list[int]:
+        """Raw frames of a window: `window_frames`, or whole clips."""
+        return self.window_frames or self.frame_buckets
+
     def frames_per_group(self) -> int:
         """W of the longest window: what the exported scheduler streams with unless told otherwise."""
-        return (max(self.window_frames or self.frame_buckets) - 1) // VAE_TIME_FACTOR // self.num_noise_groups
+        return (max(self.window_sizes()) - 1) // VAE_TIME_FACTOR // self.num_noise_groups
 
 
 class ControlledObjective(CogVideoXObjective):
@@ -160,6 +163,9 @@ class StreamingObjective(ControlledObjective):
 
     default_transformer = (CogVideoXControlTransformer3DModel, {"control_dim": 768})
 
+    def window_sizes(self) -> list[int]:
+        return self.settings.window_sizes()
+
     def window_length(self, batch: EncodedBatch, rng: SampleRandom | None) -> int:
         """Latent frames of this step's windows: drawn, without `rng` the most."""
         lengths = sorted((frames - 1) // VAE_TIME_FACTOR + 1 for frames in self.settings.window_frames)
@@ -219,7 +225,7 @@ class StreamingObjective(ControlledObjective):
     ) -> np.ndarray:
         """As many raw frames of a stream as there are control tokens, else one window and a shift: uint8 [N,h,w,3]."""
         settings = self.settings
-        num_frames = len(control) if control else max(settings.frame_buckets) + 8
+        num_frames = len(control) if control else max(self.window_sizes()) + 8
         chunks, made = [], 0
         with self.autocast(), self.vae_on_device():
             stream = pipeline.stream(

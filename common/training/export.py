@@ -9,22 +9,24 @@ import torch
 from torch import nn
 
 from common.config.files import flush_to_disk
-from common.training.checkpoints import base_digest, check_same_base, check_same_run
+from common.training.checkpoints import EXPORT_ONLY, base_digest, check_same_base, check_same_run
 from common.training.objective import Objective
 
 MARK = "training_finished.json"
 
 
 def is_finished(output_dir: Path, settings: Any) -> bool:
-    """True if a run with these settings has been exported. UserError if it was one with other settings, or from a base
-    that has been trained anew since."""
+    """True if a run with these settings has been exported; False if it is to be exported otherwise. UserError if it was
+    one with other settings, or from a base that has been trained anew since."""
     mark = output_dir / MARK
     if not mark.is_file() or settings.resume_from_checkpoint != "latest":
         return False
     finished = json.loads(mark.read_text())
     check_same_run(output_dir, finished["settings"], settings)
     check_same_base(output_dir, finished, base_digest(settings), settings)
-    return finished["step"] >= settings.max_train_steps
+    before, now = finished["settings"], settings.to_dict()
+    exported_alike = all(before[name] == now[name] for name in EXPORT_ONLY if name in before and name in now)
+    return finished["step"] >= settings.max_train_steps and exported_alike
 
 
 def make_skeleton(module: nn.Module) -> nn.Module:

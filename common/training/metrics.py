@@ -37,14 +37,13 @@ class Means:
         return means
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """The sums over all processes, for a checkpoint between two log lines."""
-        return {"sums": self._totals(accelerator), "counts": dict(self.counts)}
+        """The sums of a mean process, for a checkpoint between two log lines: any number of processes may go on."""
+        sums = {name: total / accelerator.num_processes for name, total in self._totals(accelerator).items()}
+        return {"sums": sums, "counts": dict(self.counts)}
 
-    def load_state(self, state: dict[str, Any], accelerator: Accelerator) -> None:
-        share = 1.0 if accelerator.is_main_process else 0.0
+    def load_state(self, state: dict[str, Any]) -> None:
         self.sums = {
-            name: torch.tensor(value * share, dtype=torch.float64, device=self.device)
-            for name, value in state["sums"].items()
+            name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in state["sums"].items()
         }
         self.counts = dict(state["counts"])
 

@@ -13,6 +13,7 @@ from common.cogvideox.loading import pixels_per_latent
 from common.cogvideox.pipeline_io import component_config, read_model_index, resolve_pipeline_directory
 from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
 from common.data.control_signals import CONTROL_TOKENS
+from common.training.accelerator import compute_dtype
 from common.training.random import derive_seed
 
 NUM_BATCHES = 4  # that are different; then they come again
@@ -61,7 +62,7 @@ def _random_batch(
     """One batch, from a latent's shape [F,C,H,W] and a caption's [L,D]."""
     frames, channels, height, width = latent_shape
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = compute_dtype(settings, device)
 
     moments = torch.full((len(slots), frames, 2 * channels, height, width), LOG_VARIANCE, device=device)
     text = torch.empty((len(slots), *text_shape), device=device, dtype=dtype)

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from common.cogvideox.recomputation import recompute_blocks
 from common.config.errors import SettingError, UserError
 from common.training import checkpoints, optimizers
+from common.training.accelerator import compute_dtype
 from common.training.export import export_pipeline, make_skeleton
 from common.training.metrics import FiniteGuard, Means
 from common.training.objective import Objective
@@ -51,6 +52,7 @@ class TrainingState:
 
     Attributes:
         step: finished optimizer steps.
+        learning_rate: of the last of them.
         parameters: name → trained parameter.
         means, guard: what the log line under way is made of.
     """
@@ -87,7 +89,7 @@ class TrainingState:
             moments = checkpoints.read_tensors(checkpoint, "optimizer")
             optimizers.load_optimizer_state(self.optimizer.optimizer, self.parameters, moments)
             optimizers.restore_lr_scheduler(self.lr_scheduler, self.optimizer.optimizer, self.step)
-            self.means.load_state(saved["means"], accelerator)
+            self.means.load_state(saved["means"])
             logger.info("resumed from %s", checkpoint)
 
     def _check(self, checkpoint: Path) -> dict[str, Any]:
@@ -105,8 +107,7 @@ class TrainingState:
     def _load_objective(self, checkpoint: Path | None) -> None:
         settings, objective, accelerator = self.settings, self.objective, self.accelerator
         seed_everything(settings.seed)  # weights that begin at random are the same on every process
-        weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        objective.load(accelerator.device, weight_dtype)
+        objective.load(accelerator.device, compute_dtype(settings, accelerator.device))
         module = objective.module
         for transformer in objective.trained_transformers():
             recompute_blocks(transformer, settings.gradient_checkpointing)
@@ -138,6 +139,7 @@ class TrainingState:
 
     def advance(self) -> None:
         """The step is done: it counts, and the next one has its own learning rate."""
+        self.learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
         self.step += 1
 

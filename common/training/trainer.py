@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -59,6 +60,7 @@ class Trainer:
         self.build_loader = build_loader or build_train_loader
         self.build_held_out = build_held_out or build_validation_batch
         self.output_dir = Path(settings.output_dir)
+        self.accelerator = build_accelerator(settings)
         self.batch_shape: tuple[int, ...] | None = None
         self.step_graph: StepGraph | None = None
 
@@ -68,11 +70,13 @@ class Trainer:
         Raises UserError for what the user can mend: settings other than the checkpoint's, an output directory that
         cannot be written, a loss that is not finite, memory that runs out.
         """
-        if is_finished(self.output_dir, self.settings):
+        finished = is_finished(self.output_dir, self.settings)
+        checkpoint = find_checkpoint(self.settings)
+        check_shared("a finished run" if finished else checkpoint.name if checkpoint else "no checkpoint")
+        if finished:
             logger.info("%s is finished (%d steps); nothing to do", self.output_dir, self.settings.max_train_steps)
             return
         control = validation_control(self.settings, self.objective.needs_control)
-        checkpoint = find_checkpoint(self.settings)
         try:
             with StopRequest() as stop, logging_redirect_tqdm():
                 self.set_up(checkpoint, control)
@@ -92,10 +96,10 @@ class Trainer:
             self.batches = None  # ends the data workers
 
     def set_up(self, checkpoint: Path | None, control: list[str] | None) -> None:
-        """Processes, models, log, and data from the checkpoint's step on."""
+        """Models, log, and data from the checkpoint's step on."""
         settings = self.settings
-        self.accelerator = accelerator = build_accelerator(settings)
         # Data first: what is wrong with them is said before anything is loaded or written.
+        accelerator = self.accelerator
         step = 0 if checkpoint is None else read_state(checkpoint)["step"]
         self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
         check_writable(self.output_dir)
@@ -153,7 +157,7 @@ class Trainer:
                 self.clock.resume()
                 if stopping:
                     break
-        return state.step == last
+        return state.step >= last  # more, where a run is asked to end earlier than it already is
 
     def is_time_for(self, *intervals: int) -> bool:
         """True at multiples of an interval of more than 0 steps, and at the end."""
@@ -198,7 +202,7 @@ class Trainer:
         Returns scalars (loss, the objective's metrics, after the last the gradient's norm), and the encoded batch.
         """
         encoded = self.objective.encoder.encode(batch, rng)
-        self.batch_shape = tuple(encoded.latents.shape)
+        self.batch_shape = tuple(encoded.latents.shape)  # for what is said when memory runs out
         # Processes average their gradients once, at the last micro-step.
         with nullcontext() if is_last else self.accelerator.no_sync(self.objective.module):
             loss, values = self.objective.loss(encoded, rng)
@@ -209,9 +213,10 @@ class Trainer:
     def flops_of(self, encoded: EncodedBatch) -> float:
         if self.peak_flops is None:
             return 0.0
-        if self.batch_shape not in self.flops_by_shape:
-            self.flops_by_shape[self.batch_shape] = self.objective.step_flops(encoded)
-        return self.flops_by_shape[self.batch_shape] or 0.0
+        shape = tuple(encoded.latents.shape)
+        if shape not in self.flops_by_shape:
+            self.flops_by_shape[shape] = self.objective.step_flops(encoded)
+        return self.flops_by_shape[shape] or 0.0
 
     def write_log_line(self) -> str:
         """Waits for the device, stops at a loss that is not finite, logs. Returns the line for the progress bar."""
@@ -225,7 +230,7 @@ class Trainer:
         values = {
             "loss": means.pop("loss"),
             "grad_norm": means.pop("grad_norm"),
-            "lr": float(state.lr_scheduler.get_last_lr()[0]),
+            "lr": state.learning_rate,
             "s_per_step": rates["s_per_step"],
             "data_wait": rates["data_wait"],
             "video_tokens_per_s": rates["tokens_per_s"],
@@ -263,6 +268,16 @@ def mean_of_dicts(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of every name over the dicts that have it."""
     names = sorted({name for values in dicts for name in values})
     return {n: torch.stack([v[n].detach().float() for v in dicts if n in v]).mean() for n in names}
+
+
+def check_shared(found: str) -> None:
+    """UserError unless every process `found` the same in the output directory: else each would go on from its own."""
+    everywhere = sorted(set(gather_object([found])))
+    if len(everywhere) > 1:
+        raise UserError(
+            f"output_dir: some processes see {' there, others '.join(everywhere)}; it has to be on a disk that all "
+            "machines share"
+        )
 
 
 def check_writable(output_dir: Path) -> None:

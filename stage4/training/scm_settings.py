@@ -25,6 +25,8 @@ class SCMSettings(SettingsWithLora, StreamingSettings):
 
     def validate(self) -> None:
         super().validate()
+        steps = "does nothing here: a distilled model takes phases_per_group steps a shift"
+        self.refuse_changed(steps, "validation_num_inference_steps")
         phases = self.num_noise_groups * self.phases_per_group
         if self.phases_per_group < 1:
             raise SettingError("phases_per_group", f"must be 1 or more, got {self.phases_per_group}")

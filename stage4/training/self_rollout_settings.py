@@ -13,8 +13,8 @@ from stage4.training.scm_settings import SCMSettings
 class SelfRolloutSettings(SCMSettings):
     """Settings of self-rollout: stage 4's, and its own.
 
-    Of stage 4's these do nothing here: `huber_c`, `continuous_offsets`, `uniform_timestep_share`, `control_dropout`,
-    and those of a LoRA. `num_solver_steps` is that of the validation loss, and goes into the exported scheduler.
+    Of stage 4's, what is for distillation alone is refused. `num_solver_steps` is that of the validation loss, and goes
+    into the exported scheduler.
     """
 
     ema_decay: float = 0.99  # decay per step of the student's average
@@ -29,13 +29,12 @@ class SelfRolloutSettings(SCMSettings):
 
     def validate(self) -> None:
         super().validate()
-        if self.rank or self.cond_proj_dim is not None:
-            name = "rank" if self.rank else "cond_proj_dim"
-            raise SettingError(name, "is for distillation; self-rollout trains whole students of fixed guidance")
+        distillation = "is for distillation, which this is not"
+        self.refuse_changed(distillation, "huber_c", "continuous_offsets", "uniform_timestep_share", "control_dropout")
+        self.refuse_changed("is for distillation; here students are whole, of fixed guidance", "rank", "cond_proj_dim")
         if self.optimizer == "muon":
             raise SettingError("optimizer", "is 'muon'; self-rollout, with two rates, needs 'adamw' or 'adamw_8bit'")
-        if self.offset_noise:
-            raise SettingError("offset_noise", "is for distillation; streams deviate by themselves: leave it at 0")
+        self.refuse_changed("is for distillation; streams deviate by themselves", "offset_noise")
         for name in ("height_buckets", "width_buckets"):
             if len(getattr(self, name)) > 1:
                 raise SettingError(name, f"is {getattr(self, name)}; streams that go on have one size: give one")

@@ -17,8 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from common.config.loader import load_settings
-from common.training import accelerator as accelerator_module
-from common.training import trainer
+from common.training import accelerator, state, trainer
 from common.training.sharding import local_part
 
 
@@ -59,15 +58,13 @@ def main(plan: Path) -> None:
     let_accelerate_shard_on_a_cpu()
     # Traced and checked as strictly, without making C++ of it.
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    accelerator = accelerator_module.Accelerator
     shares = []
     for run in json.loads(plan.read_text()):
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ["ACCELERATE_USE_FSDP"] = str(run["layout"] == "fsdp2").lower()
-        # Of itself the trainer takes bf16 on GPUs alone.
-        accelerator_module.Accelerator = lambda mixed_precision, _run=run, **more: accelerator(
-            mixed_precision=_run["mixed_precision"], **more
-        )
+        dtype = torch.bfloat16 if run["mixed_precision"] == "bf16" else torch.float32
+        for module in (accelerator, state):  # of itself the trainer takes bf16 on GPUs alone
+            module.compute_dtype = lambda settings, device, dtype=dtype: dtype
         settings = load_settings(run["config"], run["words"])
         training = Trainer(settings, settings.build_objective())
         training.train()

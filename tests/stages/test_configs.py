@@ -57,6 +57,14 @@ def test_real_configs_dry_run_without_weights_or_data(config, run_program):
     assert model["video tokens per window"][f"{longest}x480x720"] == ((longest - 1) // 4 + 1) * 1350
 
 
+def test_windows_are_what_is_cut_from_clips_of_any_length():
+    words = ["--frame_buckets", "89", "--window_frames", "17", "33"]
+    settings = load_settings(ROOT / "stage3" / "training" / "sft_config.py", words)
+    model = settings.build_objective().describe()
+    assert model["latent frames per window"] == [5, 9]
+    assert model["video tokens per window"] == {"17x480x720": 5 * 1350, "33x480x720": 9 * 1350}
+
+
 @pytest.mark.parametrize(
     ("stage", "override", "message"),
     [
@@ -69,6 +77,8 @@ def test_real_configs_dry_run_without_weights_or_data(config, run_program):
         ("stage2", ["--control_attention", "none"], r"frame_causal"),
         ("stage3", ["--frame_buckets", "29"], r"29 frames do not make.*4 equal groups.*17 or 33"),
         ("stage3", ["--window_frames", "65"], r"window_frames"),
+        ("stage3", ["--frame_buckets", "89", "--window_frames", "29"], r"window_frames: 29 frames do not make"),
+        ("stage4", ["--validation_num_inference_steps", "8"], r"validation_num_inference_steps.*leave it at 20"),
         ("stage4", ["--num_solver_steps", "50"], r"50 is not a multiple of the 4 phases.*48 or 52"),
         ("stage4", ["--guidance_range", "2", "6"], r"cond_proj_dim"),
         ("stage4", ["--ema_decay", "1"], r"ema_decay"),

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.speed import SpeedOptions, speed_up
 from tests.stages.conftest import TinyStages, read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -49,10 +50,10 @@ def test_bf16_stream_is_close_to_float32(bf16_stages, stage):
     assert np.abs(exact - rounded).mean() < 0.1 * exact.std()
 
 
-def test_compiled_blocks_stream_what_eager_ones_do(bf16_stages):
+def test_a_compiled_pipeline_streams_what_an_eager_one_does(bf16_stages):
     pipeline = CogVideoXStreamingPipeline.from_pretrained(bf16_stages.run(4)).to("cuda")
     eager = frames_of(pipeline)
-    pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+    speed_up(pipeline, SpeedOptions(compile=True))
     assert np.abs(frames_of(pipeline) - eager).max() <= 2  # of 255
 
 

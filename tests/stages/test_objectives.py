@@ -258,3 +258,10 @@ def test_operations_of_a_step_are_what_torchs_counter_counts(tiny_base, tiny_mod
     with counter, sdpa_kernel(SDPBackend.MATH):  # the counter knows no CPU flash attention
         objective.loss(batch, SampleRandom(0, 0, range(B)))[0].backward()
     assert objective.step_flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_a_base_from_the_hub_is_checked_like_one_on_disk(tiny_models, monkeypatch):
+    resolve = "common.training.cogvideox_objective.resolve_pipeline_directory"
+    monkeypatch.setattr(resolve, lambda name: {"org/world": tiny_models / "stage3"}[name])
+    with pytest.raises(UserError, match=r"num_noise_groups: is 2; stage 3 made .* with 4"):
+        load(4, "org/world", "--num_noise_groups", "2")

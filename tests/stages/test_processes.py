@@ -82,14 +82,8 @@ class Runs:
         words += ["--lr_scheduler", "constant_with_warmup", "--num_validation_clips", "1", "--max_grad_norm", "0.1"]
         words += ["--checkpointing_steps", str(MOST)]
         words += ["--student_model_name_or_path", str(self.bases["student"])] if "rollout" in name else []
-        return [
-            *words,
-            "--validation_prompts",
-            PROMPT,
-            "--validation_num_inference_steps",
-            "4" if stage == 3 else "2",
-            *more,
-        ]
+        steps = [] if stage == 4 else ["--validation_num_inference_steps", "4" if stage == 3 else "2"]
+        return [*words, "--validation_prompts", PROMPT, *steps, *more]
 
     def _add(self, stage: int, name: str, *words: str) -> None:
         layout, precision = name.split()[0], "bf16" if "bf16" in name else "no"

@@ -98,10 +98,14 @@ def test_a_recorded_step_finds_its_streams_where_they_were(tiny_stages, stage4, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--rank 4", "rank.*whole students"),
+        ("--rank 4", "rank.*students are whole"),
+        ("--huber_c 0.1", "huber_c: is for distillation.*leave it at 0.01"),
+        ("--uniform_timestep_share 0", "uniform_timestep_share"),
+        ("--control_dropout 0", "control_dropout"),
+        ("--continuous_offsets", "continuous_offsets"),
         ("--guidance_range 2 6 --cond_proj_dim 16", "cond_proj_dim"),
         ("--optimizer muon", "optimizer.*'adamw'"),
-        ("--offset_noise 0.3", "offset_noise.*leave it at 0"),
+        ("--offset_noise 0.3", "offset_noise.*leave it at 0.0"),
         ("--height_buckets 64 96", "height_buckets.*give one"),
         ("--gradient_accumulation_steps 2", "gradient_accumulation_steps"),
         ("--critic_learning_rate 0", "critic_learning_rate"),
@@ -138,6 +142,20 @@ def test_a_student_that_does_not_fit_is_refused(tiny_models, tmp_path):
         (tmp_path / "new").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             settings.check_files()
+
+
+def test_another_share_of_a_finished_run_is_exported_anew(tiny_stages, stage4, tmp_path):
+    exported = {}
+    for share in (0.25, 1.0):
+        options = ["--max_train_steps", "2", "--validation_steps", "0", "--learnt_share", str(share)]
+        run = train(tiny_stages, stage4, tmp_path / "run", *options)
+        exported[share] = load_file(run / "transformer" / "diffusion_pytorch_model.safetensors")
+    steps = [line["step"] for line in read_metrics(run)]
+    assert steps == [1, 2]  # nothing was trained again
+    start = load_file(stage4 / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(exported[1.0][name], start[name]) for name in start)
+    for name, value in start.items():
+        torch.testing.assert_close(exported[0.25][name], value.lerp(exported[1.0][name], 0.25))
 
 
 def test_what_was_made_from_another_student_is_not_called_finished(tiny_stages, stage4, tmp_path):

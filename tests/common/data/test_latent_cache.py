@@ -32,7 +32,7 @@ def test_cached_and_on_the_fly_are_interchangeable(data, tiny_base, tmp_path, pr
     cached_args = settings(data, tiny_base, tmp_path / "cache", mixed_precision=precision)
     plain_args = settings(data, tiny_base, mixed_precision=precision)
     # On a CPU the trainer computes in float32; what a GPU would hold is asked for here.
-    monkeypatch.setattr("common.tools.precompute.weight_dtype", lambda settings, device: dtype)
+    monkeypatch.setattr("common.tools.precompute.compute_dtype", lambda settings, device: dtype)
     precompute(cached_args)
     cached = list(islice(build_train_loader(cached_args, True), 8))
     plain = list(islice(build_train_loader(plain_args, True), 8))

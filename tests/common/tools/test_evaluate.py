@@ -109,6 +109,34 @@ def test_other_settings_are_not_mixed_in(evaluated, tiny_base, monkeypatch):
         run_again(monkeypatch, evaluated, "--model_path", tiny_base, "--name", "base", *words)
 
 
+def test_a_part_knows_every_component_of_its_model(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--output_dir", "none", "--device", "cpu"])
+    args = evaluate.parse_arguments()
+    model = tmp_path / "model"
+    shutil.copytree(tiny_models / "stage3", model)
+
+    def changed_by(file, **values):
+        """Names of the settings that differ once a JSON file of the model says something else."""
+        before = plan_model(str(model), "m", args).settings
+        text = (model / file).read_text()
+        (model / file).write_text(json.dumps(json.loads(text) | values))
+        after = plan_model(str(model), "m", args).settings
+        (model / file).write_text(text)
+        return [name for name in after if after[name] != before[name]]
+
+    scheduler, other_class = (
+        "scheduler/scheduler_config.json",
+        ["common.cogvideox.scheduler", "CogVideoXSwinDDIMScheduler"],
+    )
+    assert changed_by(scheduler, carry_solver_history=True) == ["scheduler"]
+    assert changed_by(scheduler, frames_per_group=1) == ["scheduler"]
+    assert changed_by("model_index.json", scheduler=other_class) == ["scheduler"]
+    assert changed_by("control_vocabulary/vocabulary.json", label="last") == ["control_vocabulary"]
+    assert changed_by("text_encoder/config.json", dense_act_fn="gelu") == ["text_encoder"]
+    assert changed_by("tokenizer/tokenizer_config.json", model_max_length=8) == ["tokenizer"]
+    assert changed_by(scheduler, _diffusers_version="9") == []  # the same, written anew
+
+
 def test_parts_of_two_machines_make_one_report(evaluated, tmp_path, monkeypatch):
     for part in (evaluated / "parts").iterdir():
         (tmp_path / "parts").mkdir(exist_ok=True)

@@ -100,6 +100,7 @@ def test_sigterm_to_the_whole_group_saves_and_exits_with_zero(toy_data, tmp_path
 def test_two_processes_train_like_one_with_twice_the_batch_and_stop_together(toy_data, tmp_path):
     output_dir = tmp_path / "run"
     options = ["--train_batch_size", "1", "--max_train_steps", "8", "--gradient_accumulation_steps", "2"]
+    options += ["--logging_steps", "8"]  # the one line is of steps in both layouts
     run = Run(toy_data, output_dir, *options, "--checkpointing_steps", "2", processes=2, step_seconds=1.5)
     run.wait_for_checkpoint(2)
     os.killpg(run.process.pid, signal.SIGINT)  # Ctrl-C: to the script, the launcher, the processes and their workers
@@ -109,7 +110,9 @@ def test_two_processes_train_like_one_with_twice_the_batch_and_stop_together(toy
     assert 2 <= reached < 8 and f"stopped and saved at step {reached}" in output
 
     for directory in (output_dir, tmp_path / "one"):  # one process goes on from where the two were
-        train_here(toy_data, directory, max_train_steps=8, train_batch_size=2, gradient_accumulation_steps=2)
+        train_here(
+            toy_data, directory, max_train_steps=8, train_batch_size=2, gradient_accumulation_steps=2, logging_steps=8
+        )
     assert_same_weights(output_dir / "checkpoint-8", tmp_path / "one" / "checkpoint-8", tolerance=1e-6)
     losses = [
         {
@@ -118,7 +121,7 @@ def test_two_processes_train_like_one_with_twice_the_batch_and_stop_together(toy
         }
         for d in (output_dir, tmp_path / "one")
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and list(losses[0]) == [8]
 
 
 def test_two_machines_train_like_one_with_twice_the_batch(toy_data, tmp_path, free_port):
@@ -135,6 +138,20 @@ def test_two_machines_train_like_one_with_twice_the_batch(toy_data, tmp_path, fr
     assert_same_weights(output_dir / "checkpoint-3", tmp_path / "one" / "checkpoint-3", tolerance=1e-6)
     steps = [json.loads(line)["step"] for line in (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]  # written by the first machine alone
+
+
+def test_machines_that_do_not_share_a_disk_are_refused(toy_data, tmp_path, free_port):
+    train_here(toy_data, tmp_path / "first", max_train_steps=2, train_batch_size=2)
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    options = ["--train_batch_size", "1", "--max_train_steps", "3"]
+    runs = [
+        Run(toy_data, tmp_path / name, *options, processes=2, NODE_RANK=rank, **place)
+        for rank, name in (("0", "first"), ("1", "second"))
+    ]
+    for run in runs:
+        code, output = run.finish()
+        assert code == 2 and "some processes see checkpoint-2 there, others no checkpoint" in output, output
+    assert not (tmp_path / "second" / "checkpoint-3").exists()
 
 
 def test_wrong_setting_is_one_line_and_exit_code_two(toy_data, tmp_path):

@@ -101,8 +101,15 @@ def test_accumulated_micro_steps_equal_one_larger_batch(toy_data, tmp_path):
 
 def test_learning_rate_follows_the_warmup(toy_data, tmp_path):
     train(toy_data, tmp_path, lr_warmup_steps=4, learning_rate=0.008, max_train_steps=6)
-    # Logged after step k is the rate that step k+1 takes: k/4 of the peak in the warm-up.
-    assert [line["lr"] for line in log_lines(tmp_path)] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008, 0.008])
+    # Step k+1 takes k/4 of the peak in the warm-up.
+    assert [line["lr"] for line in log_lines(tmp_path)] == pytest.approx([0.0, 0.002, 0.004, 0.006, 0.008, 0.008])
+
+
+def test_run_asked_to_end_before_where_it_is_ends_there(toy_data, tmp_path):
+    train(toy_data, tmp_path, max_train_steps=8, accident={"signal_step": 5})
+    train(toy_data, tmp_path, max_train_steps=3)
+    exported, trained = (load_file(tmp_path / n) for n in ("exported.safetensors", "checkpoint-5/weights.safetensors"))
+    assert all(torch.equal(exported[key], value) for key, value in trained.items())
 
 
 def test_weight_decay_is_applied(toy_data, tmp_path):
