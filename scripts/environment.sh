@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes .venv with requirements.txt if need be, and activates it.
 #   need_environment [REQUIREMENTS_FILE ...]     requirements.txt is always installed, further files after it
-# An environment that is active already (VIRTUAL_ENV, CONDA_PREFIX) is used and given what it lacks.
+# An environment that is active already (VIRTUAL_ENV, CONDA_PREFIX, but not conda's base) is used and given what it lacks.
 
 # OpenMP threads that wait by spinning take the core from those they wait for, as soon as anything else runs: on two busy
 # cores a training step took ten times as long.
@@ -10,7 +10,7 @@ need_environment() {
     local root python stamp files=(requirements.txt "$@")
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     cd "$root"
-    if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+    if [[ -z "${VIRTUAL_ENV:-}" && (-z "${CONDA_PREFIX:-}" || "${CONDA_DEFAULT_ENV:-}" == base) ]]; then
         if [[ ! -x .venv/bin/python ]]; then
             python="$(find_python)"
             echo "making the environment $root/.venv with $("$python" --version)"

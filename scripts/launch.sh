@@ -30,7 +30,7 @@ fi
 
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON=python3
-    if [[ -n "${VIRTUAL_ENV:-}" || -n "${CONDA_PREFIX:-}" ]]; then
+    if [[ -n "${VIRTUAL_ENV:-}" || (-n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-}" != base) ]]; then
         PYTHON=python
     elif [[ -x "$root/.venv/bin/python" ]]; then
         PYTHON="$root/.venv/bin/python"
