@@ -75,6 +75,7 @@ class Trainer:
         check_shared("a finished run" if finished else checkpoint.name if checkpoint else "no checkpoint")
         if finished:
             logger.info("%s is finished (%d steps); nothing to do", self.output_dir, self.settings.max_train_steps)
+            self.accelerator.end_training()
             return
         control = validation_control(self.settings, self.objective.needs_control)
         try:
@@ -97,9 +98,8 @@ class Trainer:
 
     def set_up(self, checkpoint: Path | None, control: list[str] | None) -> None:
         """Models, log, and data from the checkpoint's step on."""
-        settings = self.settings
+        settings, accelerator = self.settings, self.accelerator
         # Data first: what is wrong with them is said before anything is loaded or written.
-        accelerator = self.accelerator
         step = 0 if checkpoint is None else read_state(checkpoint)["step"]
         self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
         check_writable(self.output_dir)
