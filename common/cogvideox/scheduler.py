@@ -45,13 +45,11 @@ def _output(prev_sample: Tensor, x0: Tensor, return_dict: bool) -> DDIMScheduler
 
 
 class CogVideoXSwinDPMScheduler(SwinSchedulerMixin, CogVideoXDPMScheduler):
-    """SDE-DPM-Solver++(2M) over a window of rising noise.
+    """SDE-DPM-Solver++(2M) over a window of rising noise; a shift's first step is of first order.
 
     Args (diffusers' own, with CogVideoX-2B's values as defaults, and):
         num_noise_groups, frames_per_group: the window, F = 1 + G·W latent frames.
         condition_timestep: noise level of the condition frame in a stream; −1 leaves it clean (the model is told 0).
-        carry_solver_history: a frame keeps its last x̂0 across window shifts, so that the first step after a shift is
-            of second order too.
     """
 
     @register_to_config
@@ -74,7 +72,6 @@ class CogVideoXSwinDPMScheduler(SwinSchedulerMixin, CogVideoXDPMScheduler):
         num_noise_groups: int = 4,
         frames_per_group: int = 2,
         condition_timestep: int = CLEAN,
-        carry_solver_history: bool = False,
     ):
         super().__init__(
             num_train_timesteps=num_train_timesteps, beta_start=beta_start, beta_end=beta_end,

@@ -113,13 +113,10 @@ class VideoStream(Iterator[np.ndarray]):
         """Makes one shift, whatever was made ahead; → as `advance`."""
         is_first = self._state is None
         width = self.plan.frames_per_group
-        if is_first:
-            state, steps = self._start(), self.plan.first
-        else:
-            state, steps = self._state.shift(self._noise(width)), self.plan.steady
+        state = self._start() if is_first else self._state.shift(self._noise(width))
         condition = self._noisy_condition(state)
         control = self._control(state.first_frame)  # asked for as late as can be
-        for step in steps:
+        for step in self.plan.steps:
             state = self._denoise(state, step, control, condition)
         self._state = state
         self.num_chunks_done += 1

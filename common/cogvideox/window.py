@@ -30,8 +30,8 @@ class WindowPlan:
 
     Attributes:
         uniform: N steps with one timestep for all frames: how a stream starts from text alone.
-        first: the N/G steps before the first shift, when no frame has a solver history yet.
-        steady: the N/G steps after every shift.
+        steps: the N/G steps of every shift. The first has no solver history: carried across shifts it changed neither
+            obedience nor looks (data/miniworld/RESULTS.md).
         entry_timesteps: [F−1], where frames 1… stand when those steps begin.
         condition_timestep: noise level of the condition frame, [] int64; None when it stays clean.
     """
@@ -39,8 +39,7 @@ class WindowPlan:
     frames_per_group: int
     num_frames: int
     uniform: list[InnerStep]
-    first: list[InnerStep]
-    steady: list[InnerStep]
+    steps: list[InnerStep]
     entry_timesteps: Tensor
     condition_timestep: Tensor | None
 
@@ -68,28 +67,22 @@ def make_window_plan(
     """
     scheduler.set_timesteps(num_inference_steps)
     config, grid = scheduler.config, scheduler.timesteps.cpu()
-    width, num_frames = config.frames_per_group, scheduler.num_window_frames
+    num_frames = scheduler.num_window_frames
     told = expand_group_timesteps(grid, num_frames, config.num_noise_groups)  # [N/G,F]
     rows = told[:, 1:]  # [N/G,F−1]
     is_condition_noisy = config.condition_timestep != CLEAN
     if is_condition_noisy:
         told[:, 0] = config.condition_timestep
 
-    # A frame that moves one group to the left was last stepped at its old group's last row; who enters was never.
-    carried = torch.cat([rows[-1, width:], torch.full_like(rows[-1, :width], CLEAN)])
-    carries = getattr(config, "carry_solver_history", False)
+    def steps(told: Tensor, timesteps: Tensor) -> list[InnerStep]:
+        backs = [None, *timesteps[:-1]]  # where each step's history was predicted
+        return [_inner_step(scheduler, *row, device) for row in zip(told, timesteps, backs, strict=True)]
 
-    def steps(history_at_start: Tensor | None) -> list[InnerStep]:
-        backs = [history_at_start, *rows[:-1]]
-        return [_inner_step(scheduler, *row, back, device) for *row, back in zip(told, rows, backs, strict=True)]
-
-    grid_backs = [None, *grid[:-1]]
     return WindowPlan(
-        frames_per_group=width,
+        frames_per_group=config.frames_per_group,
         num_frames=num_frames,
-        uniform=[_inner_step(scheduler, t, t, back, device) for t, back in zip(grid, grid_backs, strict=True)],
-        first=steps(None),
-        steady=steps(carried if carries else None),
+        uniform=steps(grid, grid),
+        steps=steps(told, rows),
         entry_timesteps=rows[0].to(device),
         condition_timestep=told[0, 0].to(device) if is_condition_noisy else None,
     )
@@ -102,7 +95,7 @@ class WindowState:
     Attributes:
         latents: float32 [B,F,C,H,W].
         first_frame: the stream's number of latent frame 0 of the window.
-        old_x0: the last x̂0 of frames 1…, [B,F−1,C,H,W], None when there is none.
+        old_x0: x̂0 of frames 1… in the step before, [B,F−1,C,H,W]; None before a shift's first.
     """
 
     latents: Tensor
@@ -118,10 +111,7 @@ class WindowState:
     def shift(self, fresh: Tensor) -> "WindowState":
         """Moves by a group: the last frame of the first group becomes the condition, `fresh` [B,W,C,H,W] enters."""
         width = fresh.shape[1]
-        old_x0 = self.old_x0
-        if old_x0 is not None:
-            old_x0 = torch.cat([old_x0[:, width:], torch.zeros_like(fresh)], dim=1)
-        return WindowState(torch.cat([self.latents[:, width:], fresh], dim=1), self.first_frame + width, old_x0)
+        return WindowState(torch.cat([self.latents[:, width:], fresh], dim=1), self.first_frame + width)
 
 
 def num_chunks_for(seconds: float, fps: float, frames_per_chunk: int) -> int:

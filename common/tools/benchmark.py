@@ -156,7 +156,7 @@ def outputs(pipeline: CogVideoXStreamingPipeline, stream: VideoStream, seed: int
     finished = torch.randn((batch_size, sum(chunks), *rest), generator=generator)
     raw_frames = [[[0] * pipeline.vae_scale_factor_temporal] * plan.num_frames] * batch_size
     control = stream.denoiser.control_embeds(raw_frames)
-    told = plan.steady[0].timesteps
+    told = plan.steps[0].timesteps
     decoder = pipeline.make_decoder()
     pixels = [decoder.decode(chunk) for chunk in finished.split(chunks, dim=1)]
     return {"transformer": stream.denoiser(latents, told, control).cpu(), "pixels": torch.cat(pixels, 1).float().cpu()}

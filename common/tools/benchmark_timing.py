@@ -97,7 +97,7 @@ def time_parts(stream: VideoStream, device: torch.device, seconds: float, warmup
         "height": height,
         "width": width,
         "frames_per_chunk": num_frames,
-        "forwards_per_chunk": len(stream.plan.steady),
+        "forwards_per_chunk": len(stream.plan.steps),
         "first_chunk": first,
         "median": {name: float(np.percentile(column, 50)) for name, column in columns.items()},
         "p99": {name: float(np.percentile(column, 99, method="inverted_cdf")) for name, column in columns.items()},

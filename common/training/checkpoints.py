@@ -45,7 +45,7 @@ MAY_CHANGE = (
 
 
 # What decides on nothing but the export: a finished run exports anew with another value, from its last checkpoint.
-EXPORT_ONLY = ("learnt_share", "carry_solver_history")
+EXPORT_ONLY = ("learnt_share",)
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:

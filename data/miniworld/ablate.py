@@ -76,7 +76,6 @@ ARMS: dict[int, dict[str, Arm]] = {
         "no uniform timesteps": Arm("--uniform_timestep_share 0"),
         "label of the last raw frame": Arm("--control_label last"),
         "half uniform timesteps": Arm("--uniform_timestep_share 0.5"),
-        "solver history": Arm("--carry_solver_history True"),
         "offset noise .2": Arm("--offset_noise 0.2"),
         "offset noise .5": Arm("--offset_noise 0.5"),
         "muon": Arm("--optimizer muon"),

@@ -30,7 +30,6 @@ class SwinDPMSettings(StreamingSettings):
 
     control_label: str = ""  # as in stage 2; "" keeps what the base was told
     condition_timestep: int = CLEAN  # noise level of the condition frame, in training and sampling; -1 is clean
-    carry_solver_history: bool = False  # sampling: a frame's x̂0 outlives the shift, so every step is of second order
 
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
     validation_control_guidance_scale: float = 3.0  # control guidance of the sample videos; 1 for none
@@ -125,7 +124,6 @@ class SwinDPMObjective(StreamingObjective):
             num_noise_groups=self.settings.num_noise_groups,
             frames_per_group=self.settings.frames_per_group(),
             condition_timestep=self.settings.condition_timestep,
-            carry_solver_history=self.settings.carry_solver_history,
         )
 
     def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:

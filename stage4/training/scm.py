@@ -79,9 +79,8 @@ class SCMObjective(StreamingObjective):
         return self.module
 
     def _make_scheduler(self) -> CogVideoXSwinLCMScheduler:
-        config = {k: v for k, v in self.scheduler.config.items() if k != "carry_solver_history"}  # jumps have none
         return CogVideoXSwinLCMScheduler.from_config(
-            config,
+            self.scheduler.config,
             num_noise_groups=self.settings.num_noise_groups,
             frames_per_group=self.settings.frames_per_group(),
             phases_per_group=self.settings.phases_per_group,

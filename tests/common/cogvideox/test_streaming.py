@@ -21,7 +21,6 @@ NAMES = ["D", "DL", "DR", "B", "BL", "BR", "N", "NL", "NR"]
 VOCABULARY = ControlVocabulary(NAMES, torch.arange(9.0)[:, None] + 1, torch.tensor([-7.0]))
 SCHEDULERS = {
     "dpm": lambda **kw: CogVideoXSwinDPMScheduler(**kw),
-    "dpm_history": lambda **kw: CogVideoXSwinDPMScheduler(carry_solver_history=True, **kw),
     "ddim": lambda **kw: CogVideoXSwinDDIMScheduler(**kw),
     "lcm": lambda **kw: CogVideoXSwinLCMScheduler(**kw),
     "lcm2": lambda **kw: CogVideoXSwinLCMScheduler(phases_per_group=2, **kw),
@@ -206,22 +205,10 @@ def test_condition_frames_are_clean_unless_asked_otherwise(scheduler):
     assert condition_noise(CLEAN) < 1e-5 and condition_noise(200) > 0.1
 
 
-def test_history_is_carried_per_frame_only_where_asked():
-    plain = make_window_plan(SCHEDULERS["dpm"](), 8, torch.device("cpu"))
-    carried = make_window_plan(SCHEDULERS["dpm_history"](), 8, torch.device("cpu"))
-    assert plain.steady[0].coefficients.history is None and carried.first[0].coefficients.history is None
-    history = carried.steady[0].coefficients.history.flatten()
-    assert (history[:6] > 0).all() and (history[6:] == 0).all()  # those who enter have none
-    scheduler, t, back = SCHEDULERS["dpm"](), torch.tensor([499]), torch.tensor([624])  # 8 steps: 999 874 749 624 499
-    scheduler.set_timesteps(8)
-    expected = scheduler.step_coefficients(t, back_timesteps=back).history
-    torch.testing.assert_close(history[2:3], expected.float())
-
-
 # Random numbers, length, state
 
 
-@pytest.mark.parametrize("scheduler", ["dpm", "dpm_history", "lcm"])
+@pytest.mark.parametrize("scheduler", ["dpm", "lcm"])
 def test_one_generator_fixes_a_stream_and_its_length_changes_nothing(scheduler):
     def run(count, seed=0):
         stream, _ = make_stream([None], scheduler, seed=seed, oracle=Oracle(leak=0.5))
@@ -258,7 +245,7 @@ def test_streams_side_by_side_equal_streams_alone():
 
 
 def test_what_a_stream_carries_does_not_grow():
-    stream, _ = make_stream([(j % 9 for j in range(10_000))], "dpm_history")
+    stream, _ = make_stream([(j % 9 for j in range(10_000))], "dpm")
 
     def size():
         state = stream._state
