@@ -223,7 +223,7 @@ def test_resuming_with_other_settings(refused, stage1, tiny_base, tiny_world, tm
 def test_more_processes_than_clips(refused, tiny_base, tiny_world, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")  # as scripts/launch.sh asks before it starts them
     line = refused(train.main, *train_words(tiny_base, tiny_world, tmp_path), "--check")
-    assert "1 on 8 processes needs 8 clips at a time, the index has 3 for training; lower it, use fewer" in line
+    assert "1 on 8 processes needs 8 clips at a time, the index has 3 for training beside 1 held out (num_" in line
 
 
 def test_out_of_memory(refused, tiny_base, tiny_world, tmp_path, monkeypatch):

@@ -54,6 +54,14 @@ def not_negative_number(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """An argument's `type`: a number from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

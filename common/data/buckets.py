@@ -84,6 +84,7 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         world_size, rank: number of processes, and which one this is.
         seed: the run's seed.
         start_step: the MICRO-step to begin with (optimizer step × gradient_accumulation_steps).
+        num_held_out: clips that the index has beside num_records, to be named when those are too few.
     """
 
     def __init__(
@@ -95,15 +96,17 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         rank: int = 0,
         seed: int = 0,
         start_step: int = 0,
+        num_held_out: int = 0,
     ):
         self.num_records, self.num_buckets = num_records, num_buckets
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
         self.seed, self.start_step = seed, start_step
         if self.global_batch_size > num_records:
+            held_out = f" beside {num_held_out} held out (num_validation_clips)" if num_held_out else ""
             raise SettingError(
                 "train_batch_size",
                 f"{batch_size} on {world_size} processes needs {self.global_batch_size} clips at a time, "
-                f"the index has {num_records} for training; lower it, use fewer processes, or add clips",
+                f"the index has {num_records} for training{held_out}; lower it, use fewer processes, or add clips",
             )
 
     @property

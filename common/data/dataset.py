@@ -100,7 +100,7 @@ class ClipDataset(Dataset):
         key = SampleKey(*key)
         index = key.record
         for attempt in range(1, MAX_REPLACEMENTS + 1):
-            sample = self.try_clip(index, key.bucket, key.draw)
+            sample = self.try_clip(index, key.bucket, key.draw, replaced=True)
             if sample is not None:
                 return sample | {"slot": key.slot}
             refused, index = index, stable_hash("replacement", self.seed, *key[:3], attempt) % len(self.records)
@@ -115,8 +115,9 @@ class ClipDataset(Dataset):
         """The samples of one batch: what `fetch` takes from this data set."""
         return fetch(self)
 
-    def try_clip(self, index: int, bucket_index: int, draw: int) -> dict[str, Any] | None:
-        """The sample of one clip without `slot`, or None, noted and logged, when it cannot be used.
+    def try_clip(self, index: int, bucket_index: int, draw: int, replaced: bool = False) -> dict[str, Any] | None:
+        """The sample of one clip without `slot`, or None, noted and logged, when it cannot be used; `replaced` as
+        of `note`.
 
         A clip refused once is tried again all the same: what is skipped must not depend on what was met
         before, or a resumed run would differ from an unbroken one.
@@ -125,7 +126,7 @@ class ClipDataset(Dataset):
         try:
             sample = self.fetch(record, bucket, draw)
         except ClipError as error:
-            self.note(index, bucket_index, error)
+            self.note(index, bucket_index, error, replaced)
             return None
         self.note(index, bucket_index)
         sample["caption"] = record.caption
@@ -137,8 +138,9 @@ class ClipDataset(Dataset):
             sample["control_indices"] = torch.cat([first, signals[1:]]).unflatten(0, (-1, VAE_TIME_FACTOR))  # [F, 4]
         return sample
 
-    def note(self, index: int, bucket_index: int, error: ClipError | None = None) -> None:
-        """Remember that a clip was usable, or was refused with `error`; a refusal is logged the first time.
+    def note(self, index: int, bucket_index: int, error: ClipError | None = None, replaced: bool = False) -> None:
+        """Remember that a clip was usable, or was refused with `error`; a refusal is logged the first time, and
+        that another clip takes its place if it is `replaced`.
 
         Raises UserError when the share of unreadable clips becomes too large.
         """
@@ -158,12 +160,16 @@ class ClipDataset(Dataset):
                 f"{num_unreadable} of {num_seen} videos seen cannot be read, more than max_unreadable_share "
                 f"{self.max_unreadable_share:g} allows; the last is index entry {entry}: {error}"
             )
-        logger.warning("skipping index entry %d, another clip takes its place: %s", entry, error)
+        logger.warning("skipping index entry %d%s: %s", entry, ", another clip takes its place" * replaced, error)
 
     def counts(self) -> tuple[int, int]:
         """(clips found unreadable, clips looked at), over all workers of this process."""
         states = self.states.amax(dim=0)
         return int((states == UNREADABLE).sum()), int((states != UNSEEN).sum())
+
+    def count_refused(self) -> int:
+        """Clips found unreadable, or too short for one of the buckets."""
+        return int((self.states.amax(dim=0) > USABLE).sum())
 
 
 class VideoDataset(ClipDataset):

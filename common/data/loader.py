@@ -97,6 +97,10 @@ def read_records(settings: TrainingSettings, needs_control: bool) -> tuple[list[
     return records[:-wanted], records[-wanted:]
 
 
+def _taken_from_index(settings: TrainingSettings, held_out: list[ClipRecord]) -> int:
+    return 0 if settings.validation_index_file else len(held_out)
+
+
 def build_dataset(
     settings: TrainingSettings, records: list[ClipRecord], needs_control: bool, **changes: Any
 ) -> ClipDataset:
@@ -140,11 +144,12 @@ def build_train_loader(
     It is already divided among the processes: do not pass it through `accelerator.prepare`.
     Raises UserError for a bad index, or when there are fewer clips than a global batch has samples.
     """
-    records, _ = read_records(settings, needs_control)
+    records, held_out = read_records(settings, needs_control)
     dataset = build_dataset(settings, records, needs_control)
     sampler = BucketBatchSampler(
-        len(records), len(dataset.buckets), settings.train_batch_size, world_size, rank, settings.seed, start_step
-    )
+        len(records), len(dataset.buckets), settings.train_batch_size, world_size, rank, settings.seed, start_step,
+        num_held_out=_taken_from_index(settings, held_out),
+    )  # fmt: skip
     workers = settings.dataloader_num_workers
     return TrainLoader(
         _ErrorCarrier(dataset),
@@ -188,7 +193,10 @@ def describe_data(settings: TrainingSettings, needs_control: bool, world_size: i
     """
     train, held_out = read_records(settings, needs_control)
     buckets = make_buckets(settings.frame_buckets, settings.height_buckets, settings.width_buckets)
-    sampler = BucketBatchSampler(len(train), len(buckets), settings.train_batch_size, world_size)
+    num_taken = _taken_from_index(settings, held_out)
+    sampler = BucketBatchSampler(
+        len(train), len(buckets), settings.train_batch_size, world_size, num_held_out=num_taken
+    )
     clips_per_step = sampler.global_batch_size * settings.gradient_accumulation_steps
     return {
         "training_clips": len(train),

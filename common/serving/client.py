@@ -249,7 +249,10 @@ def what_to_drive(args: argparse.Namespace) -> tuple[list[str] | None, dict, int
             log = json.loads(args.replay.read_text(encoding="utf-8"))
             return None, {"type": "replay", "log": log}, int(log["first_frame"]) + int(log["frames"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--replay {args.replay}: is no control log of a recording ({one_line(error)})") from error
+            what = "Record on the page downloads one; the client's own file beside its mp4 is none"
+            raise UserError(
+                f"--replay {args.replay}: is no control log of a recording ({one_line(error)}); {what}"
+            ) from error
     given = args.control_file
     control = read_control_file(given) if given else parse_control_string(args.control, where="--control")
     command = {"type": "reset", "prompt": args.prompt, "seed": args.seed, "start": args.start}

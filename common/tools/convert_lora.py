@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.cogvideox.lora import cut_lora, find_lora_file, read_lora, write_lora
 from common.cogvideox.lora_names import FORMS
-from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable
+from common.config.command_line import ArgumentParser, fraction, refuse_unwritable
 from common.config.errors import UserError, run_cli
 from common.tools.fuse_lora_weights import add_lora_option
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, required=True, help="the names to write")
     parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument(
-        "--keep", type=positive_number, metavar="SHARE", help="a smaller LoRA: the share to keep, up to 1"
+        "--keep", type=fraction, metavar="SHARE", help="a smaller LoRA: the share to keep, up to 1"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_lora_option(parser)
@@ -33,10 +33,8 @@ def main() -> None:
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output {args.output} exists; give another name, or --overwrite")
     refuse_unwritable(args.output.parent, "--output")
-    if args.keep and args.keep > 1:
-        raise UserError(f"--keep {args.keep:g} is more than everything; give a share of at most 1, as 0.99")
     lora = read_lora(find_lora_file(args.lora_path), args.lora_alpha)
-    if args.keep:
+    if args.keep is not None:
         lora = cut_lora(lora, args.keep)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_lora(args.output, lora, args.form)

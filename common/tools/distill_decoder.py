@@ -37,6 +37,7 @@ from common.cogvideox.loading import COUNT, PIXELS, add_place_options, device_an
 from common.cogvideox.pipeline_io import load_component, read_model_index
 from common.config.command_line import (
     ArgumentParser,
+    fraction,
     not_negative_number,
     positive_number,
     refuse_unwritable,
@@ -45,7 +46,7 @@ from common.config.command_line import (
 from common.config.errors import UserError, run_cli
 from common.config.files import replace_text
 from common.config.model_directory import resolve_pipeline_directory
-from common.config.settings import VAE_TIME_FACTOR
+from common.config.settings import VAE_TIME_FACTOR, TrainingSettings
 from common.data.buckets import Bucket, SampleKey
 from common.data.dataset import VideoDataset
 from common.data.fingerprint import component_digest, file_digest
@@ -58,7 +59,8 @@ from common.training.random import seed_everything
 OUT_OF_MEMORY_HELP = "out of memory: lower --batch_size, --crop, --num_frames or --widths"
 
 # These do not change what is learnt.
-MAY_CHANGE = ("model_path", "data_root", "index_file", "output_dir", "device", "checkpointing_steps")
+MAY_CHANGE = ("model_path", "data_root", "index_file", "output_dir", "device")
+MAY_CHANGE += ("checkpointing_steps", "max_unreadable_share")
 
 CHUNK = 2  # latents
 TIMED_CHUNKS = 20
@@ -108,7 +110,6 @@ def measure(light: LightVideoDecoder, vae: AutoencoderKLCogVideoX, videos: Video
     """What the report says of a finished decoder, in the type in which it would be used."""
     pixels = videos[SampleKey(0, 0, 0)]["pixel_values"][None]
     latents = encode_frames(vae, pixels)
-    is_cuda = vae.device.type == "cuda"
     return {
         **quality(light, vae, videos),
         "parameters": sum(p.numel() for p in light.parameters()),
@@ -119,7 +120,7 @@ def measure(light: LightVideoDecoder, vae: AutoencoderKLCogVideoX, videos: Video
         "height": pixels.shape[-2],
         "width": pixels.shape[-1],
         "heldout_clips": len(videos),
-        "device": torch.cuda.get_device_name(vae.device) if is_cuda else "cpu",
+        "device": torch.cuda.get_device_name(vae.device) if vae.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(vae.dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -159,11 +160,8 @@ def settings_of(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def check_same_run(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The report when the run is finished; otherwise notes the settings for the next time.
-
-    Raises:
-        UserError: the directory was begun with other settings.
-    """
+    """The report when the run is finished; otherwise notes the settings for the next time. UserError when the
+    directory was begun with other settings."""
     stamp, report = args.output_dir / ".partial" / "settings.json", args.output_dir / "report.json"
     finished = json.loads(report.read_text()) if report.exists() else None
     found = finished["settings"] if finished else json.loads(stamp.read_text()) if stamp.exists() else settings
@@ -189,7 +187,8 @@ def distill(args: argparse.Namespace) -> dict[str, Any] | None:
     train, heldout = read_clips(args)
     refuse_unwritable(args.output_dir, "--output_dir")
     bucket = Bucket(args.num_frames, args.height, args.width)
-    videos, heldout_videos = (VideoDataset(part, [bucket], fps=args.fps, seed=args.seed) for part in (train, heldout))
+    options = {name: getattr(args, name) for name in ("fps", "seed", "max_unreadable_share")}
+    videos, heldout_videos = (VideoDataset(part, [bucket], **options) for part in (train, heldout))
     args.dtype = str(dtype).removeprefix("torch.")
     vae = load_component(directory, "vae", dtype, index).to(device)
     form = latent_form(vae)
@@ -278,6 +277,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--windows_per_clip", type=COUNT, default=1, help="windows of each clip, as far as --cache_gib allows")
     add("--cache_gib", type=positive_number, default=32.0, help="disk for what the VAE makes of the windows")
     add("--num_heldout", type=COUNT, default=8, help="clips at the end of the index, kept for measuring")
+    add("--max_unreadable_share", type=fraction, default=TrainingSettings.max_unreadable_share, help="more stop a run")
     add("--checkpointing_steps", type=COUNT, default=500, help="what a killed run loses at most")
     add("--seed", type=whole_number(0), default=0)
     add_place_options(parser)

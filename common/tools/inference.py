@@ -44,6 +44,8 @@ from common.data.control_signals import parse_control_string, read_control_file
 from common.data.video import read_clip
 from common.data.video_writer import VideoWriter
 
+logger = logging.getLogger(__name__)
+
 OUT_OF_MEMORY_HELP = (
     "out of memory: lower --height and --width or the number of frames, take --dtype bfloat16, or --guidance_scale 1 "
     "and --control_guidance_scale 1, with which a step is one forward"
@@ -58,8 +60,9 @@ def make_parser(description: str | None) -> ArgumentParser:
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 file to write")
     add_sampling_options(parser)
-    parser.add_argument("--fps", type=COUNT, default=16, help="frames per second of the file")
-    parser.add_argument("--guidance_scale", type=float, help="guidance on the prompt; 1 for none")
+    parser.add_argument("--fps", type=COUNT, default=16, help="frames per second, as in training")
+    guidance = "guidance on the prompt; 1 for none, by default 6, of distilled models what they have learnt"
+    parser.add_argument("--guidance_scale", type=float, help=guidance)
     parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same video")
     add_place_options(parser)
     return parser
@@ -94,7 +97,16 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.output.suffix != ".mp4" or args.output.is_dir():
         raise UserError(f"--output {args.output}: give a file whose name ends in .mp4")
     refuse_unwritable(args.output.parent, "--output")
+    refuse_idle_prompt(args, is_guided=args.guidance_scale != 1)
     return args
+
+
+def refuse_idle_prompt(args: argparse.Namespace, is_guided: bool) -> None:
+    """UserError when there is a negative prompt, which only guidance reads, and no guidance."""
+    if args.negative_prompt and not is_guided:
+        raise UserError(
+            "--negative_prompt does nothing without guidance on the prompt, which distilled models never have"
+        )
 
 
 def read_control(args: argparse.Namespace) -> list[str] | None:
@@ -161,6 +173,10 @@ def clip_length(args: argparse.Namespace, control: list[str] | None) -> int | No
             f"the control string covers {len(control)} raw frames, the clip has {num_frames}; hold a signal longer, as "
             f"in {control[-1]}*{num_frames}"
         )
+    if args.num_frames is None and len(control) > num_frames:
+        logger.warning(
+            "the last %d raw frames of the control string are left out: a clip has 4n+1", len(control) - num_frames
+        )
     return num_frames
 
 
@@ -222,6 +238,7 @@ def stream(description: str | None) -> None:
         total = len(control)
     with context_parallel_from_environment(args.device):
         scheduler = load_scheduler(args)
+        refuse_idle_prompt(args, is_guided=not scheduler.is_distilled)
         init_video = read_init_video(args, scheduler) if args.init_video else None
         pipeline, embeds = load_streaming_pipeline(
             args, speed_options(args), args.prompt, args.negative_prompt, scheduler=scheduler

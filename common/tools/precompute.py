@@ -105,15 +105,21 @@ def video_dataset(settings: TrainingSettings, records: list[ClipRecord]) -> Vide
 def missing_tasks(
     writer: LatentCacheWriter, videos: VideoDataset, num_buckets: int, num_windows: int, share: Share
 ) -> list[Task]:
-    """This process's windows of the first `num_buckets` buckets that the cache lacks. Whole clips are divided
-    among the processes, not what is missing: that changes while the others write."""
-    return [
+    """This process's windows of the first `num_buckets` buckets that the cache lacks; clips of which it has some
+    are noted as usable. Whole clips are divided among the processes, not what is missing: that changes while the
+    others write."""
+    tasks = []
+    for task in (
         Task(record, bucket, window)
         for record in share.of(range(len(videos.records)))
         for bucket in range(num_buckets)
         for window in range(num_windows)
-        if not writer.has_window(videos.records[record], videos.buckets[bucket], window)
-    ]
+    ):
+        if writer.has_window(videos.records[task.record], videos.buckets[task.bucket], task.window):
+            videos.note(task.record, task.bucket)  # or the refused ones, tried again, would be all that were seen
+        else:
+            tasks.append(task)
+    return tasks
 
 
 def encode_windows(
@@ -123,8 +129,9 @@ def encode_windows(
     tasks: list[Task],
     share: Share,
     num_workers: int,
-) -> None:
-    """Decode in `num_workers` processes, encode one clip at a time, add to the cache."""
+) -> int:
+    """Decode in `num_workers` processes, encode one clip at a time, add to the cache; → how many were added."""
+    num_added = 0
     dtype = next(vae.parameters()).dtype
     loader = DataLoader(_Windows(videos, tasks), batch_size=None, num_workers=num_workers)
     for task, stamp, sample in share.progress(loader, "windows"):
@@ -137,6 +144,8 @@ def encode_windows(
         # encode_moments widens to float32 what the VAE computed in `dtype`: going back loses nothing.
         moments = encode_moments(vae, sample["pixel_values"][None])[0].to(dtype)
         writer.add_window(record, bucket, task.window, stamp, moments, sample["raw_frames"])
+        num_added += 1
+    return num_added
 
 
 def encode_captions(
@@ -164,8 +173,8 @@ def extents(settings: TrainingSettings) -> tuple[list[tuple[list[ClipRecord], in
 
 
 def precompute(settings: TrainingSettings, renew: bool = False) -> dict[str, int]:
-    """Bring the cache up to date with the settings; returns how many windows and captions this process worked
-    on.
+    """Bring the cache up to date with the settings; returns how many windows and captions this process added, and
+    how many clips it refused.
 
     `renew` first deletes all that the cache holds. Raises UserError.
     """
@@ -187,13 +196,18 @@ def precompute(settings: TrainingSettings, renew: bool = False) -> dict[str, int
         for records, *extent in parts:
             videos = video_dataset(settings, records)
             work.append((videos, missing_tasks(writer, videos, *extent, share)))
-        num_windows = sum(len(tasks) for _, tasks in work)
-        if num_windows:
+        num_windows = 0
+        if any(tasks for _, tasks in work):
             base = resolve_pipeline_directory(settings.pretrained_model_name_or_path)
             vae = load_component(base, "vae", compute_dtype(settings, device)).to(device)
             for videos, tasks in work:
-                encode_windows(writer, vae, videos, tasks, share, settings.dataloader_num_workers)
-    return {"windows": num_windows, "captions": len(captions)}
+                num_windows += encode_windows(writer, vae, videos, tasks, share, settings.dataloader_num_workers)
+    num_refused = sum(videos.count_refused() for videos, _ in work)
+    return {"windows": num_windows, "captions": len(captions), "refused": num_refused}
+
+
+def _amount(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def main() -> None:
@@ -208,11 +222,13 @@ def main() -> None:
     if dry_run:
         parts, captions = extents(settings)
         counts = {"windows": sum(len(r) * buckets * k for r, buckets, k in parts), "captions": len(captions)}
+        done = " belong"
     else:
         counts = precompute(settings, renew="--renew" in words)
-    share = "" if dry_run else Share.of_this_process()
-    done = "belong" if dry_run else "added; all others were there already"
-    print(f"{settings.latent_cache_dir}: {counts['windows']} windows and {counts['captions']} captions {done}{share}")
+        refused = f", {_amount(counts['refused'], 'clip')} refused" if counts["refused"] else ""
+        done = f" added{refused}; all others were there already{Share.of_this_process()}"
+    amounts = f"{_amount(counts['windows'], 'window')} and {_amount(counts['captions'], 'caption')}"
+    print(f"{settings.latent_cache_dir}: {amounts}{done}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
       weights.safetensors     trained parameters and persistent buffers of the objective's module
       optimizer.safetensors   AdamW's moments
       ema.safetensors …       one file for each of the objective's checkpoint_modules
-      state.json              step, sums of the log line under way, processes × batch, digest of the base
+      state.json              step, sums of the log line under way, processes × batch, base (digest), held-out clips
       settings.json           the settings of the run
 
 The data's position, the learning rate and every random number are functions of the step (and of the seed), so the

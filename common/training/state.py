@@ -1,6 +1,7 @@
 """What a training step changes: the module's weights, the optimizer, the schedule, the step; made, restored, saved."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class TrainingState:
 
     Args:
         checkpoint: where to continue; None begins at step 0.
+        held_out: names of the held-out clips.
 
     Attributes:
         step: finished optimizer steps.
@@ -57,9 +59,17 @@ class TrainingState:
         means, guard: what the log line under way is made of.
     """
 
-    def __init__(self, settings: Any, objective: Objective, accelerator: Accelerator, checkpoint: Path | None):
+    def __init__(
+        self,
+        settings: Any,
+        objective: Objective,
+        accelerator: Accelerator,
+        checkpoint: Path | None,
+        held_out: Sequence[str] = (),
+    ):
         check_layout(settings, accelerator)
         self.settings, self.objective, self.accelerator = settings, objective, accelerator
+        self.held_out = list(held_out)
         self.output_dir = Path(settings.output_dir)
         self.step, self.saved_step = 0, -1
         self.means, self.guard = Means(accelerator.device), FiniteGuard(accelerator.device)
@@ -96,6 +106,12 @@ class TrainingState:
         """The checkpoint's state.json, if this run may continue it."""
         checkpoints.check_same_run(checkpoint, checkpoints.read_json(checkpoint, "settings.json"), self.settings)
         saved = checkpoints.read_state(checkpoint)
+        if self.held_out and saved.get("held_out") and saved["held_out"] != self.held_out:
+            logger.warning(
+                "the held-out clips were %s, now they are %s: the index has changed. From here on validation/loss is "
+                "of others, and what was held out is trained on; validation_index_file holds out the same always",
+                *(", ".join(names[:3]) + " …" * (len(names) > 3) for names in (saved["held_out"], self.held_out)),
+            )
         checkpoints.check_same_base(checkpoint, saved, self.base, self.settings)
         if saved["samples_per_micro_step"] != self.samples_per_micro_step:
             raise UserError(
@@ -159,6 +175,7 @@ class TrainingState:
             "means": self.means.state(self.accelerator),
             "samples_per_micro_step": self.samples_per_micro_step,
             "base": self.base,
+            "held_out": self.held_out,
         }
         if keep:
             path = checkpoints.write_checkpoint(self.output_dir, self.step, tensors, state, self.settings)

@@ -74,7 +74,7 @@ class Trainer:
         checkpoint = find_checkpoint(self.settings)
         check_shared("a finished run" if finished else checkpoint.name if checkpoint else "no checkpoint")
         if finished:
-            logger.info("%s is finished (%d steps); nothing to do", self.output_dir, self.settings.max_train_steps)
+            logger.info("%s is finished; nothing to do", self.output_dir)
             self.accelerator.end_training()
             return
         control = validation_control(self.settings, self.objective.needs_control)
@@ -103,7 +103,8 @@ class Trainer:
         step = 0 if checkpoint is None else read_state(checkpoint)["step"]
         self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
         check_writable(self.output_dir)
-        self.state = TrainingState(settings, self.objective, accelerator, checkpoint)
+        held_out_ids = list(held_out["sample_ids"]) if held_out else []
+        self.state = TrainingState(settings, self.objective, accelerator, checkpoint, held_out_ids)
         if settings.cuda_graph:
             self.step_graph = StepGraph(self.micro_step, accelerator.device)
         self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)

@@ -16,6 +16,8 @@ streams: self forcing, arXiv 2506.08009, and rolling forcing, arXiv 2509.25161.
 """
 
 import copy
+import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,8 @@ from common.training.throughput import forward_flops
 from stage4.training.rollout import Streams, StreamsByLength, per_frame
 from stage4.training.scm import SCMObjective
 from stage4.training.self_rollout_settings import SelfRolloutSettings
+
+logger = logging.getLogger(__name__)
 
 MATCHED_TIMESTEPS = (20, 980)  # low to high, between which scores are compared: beyond them they say little or too much
 
@@ -117,6 +121,12 @@ class SelfRolloutObjective(SCMObjective):
 
     def make_roles(self) -> None:
         super().make_roles()
+        about = self.base_dir / "settings.json"  # not there when the teacher has been moved or packed
+        if about.is_file() and not json.loads(about.read_text()).get("window_frames"):
+            logger.warning(
+                "%s was trained without window_frames: it knows no clip that begins with four frames, and is to judge "
+                "such clips; better train stage 3 with longer clips (frame_buckets) and window_frames", self.base_dir
+            )  # fmt: skip
         self.streams = StreamsByLength()
 
     @property

@@ -76,13 +76,14 @@ def test_stage_1_beside_its_lora_equals_fused(make, run_program, tiny_base, tiny
     assert about(beside)["lora_path"] == str(tiny_lora) and about(beside)["control"] is None
 
 
-def test_stage_2_obeys_a_control_string_or_file(make, tmp_path):
+def test_stage_2_obeys_a_control_string_or_file(make, tmp_path, caplog):
     drive = tmp_path / "drive.txt"
     drive.write_text("# a drive\nD*4,\nDL*7  # left\n")
     straight = make(2, "straight.mp4", "--control", "D*11", *TWO_STEPS)
     left = make(2, "left.mp4", "--control", "D*4,DL*7", *TWO_STEPS)
     from_file = make(2, "file.mp4", "--control_file", drive, *TWO_STEPS)
     assert frames(left).shape == (9, 32, 64, 3)  # 4n+1 of the 11 that are controlled
+    assert "the last 2 raw frames of the control string are left out" in caplog.text
     assert from_file.read_bytes() == left.read_bytes() != straight.read_bytes()
     assert about(from_file)["control"] == "D,D,D,D,DL,DL,DL,DL,DL,DL,DL" and about(from_file)["num_frames"] == 9
     short = make(2, "short.mp4", "--control", "D*4,DL*7", "--num_frames", 5, "--control_guidance_scale", 2, *TWO_STEPS)
@@ -223,8 +224,9 @@ def test_an_error_in_mid_stream_leaves_what_was_made_to_be_watched(models, monke
         (["--attention_backend", "sage"], "error: attention_backend sage: "),
         (["--light_decoder", "nowhere"], "no light decoder at nowhere; python -m common.tools.distill_decoder makes"),
         (["--decode_device", "cuda:9"], "error: decode_device cuda:9: "),
+        (["--negative_prompt", "snow"], "--negative_prompt does nothing without guidance"),
     ],
 )
-def test_speed_options_that_cannot_be_are_refused(refused, tiny_models, tmp_path, words, told):
+def test_options_that_cannot_work_are_refused(refused, tiny_models, tmp_path, words, told):
     arguments = ["--model_path", tiny_models / "stage4", "--prompt", "a car", "--control", "D*9"]
     assert told in refused("stage4/inference.py", *arguments, "--output", tmp_path / "x.mp4", *words)

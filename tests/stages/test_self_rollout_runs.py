@@ -158,6 +158,15 @@ def test_another_share_of_a_finished_run_is_exported_anew(tiny_stages, stage4, t
         torch.testing.assert_close(exported[0.25][name], value.lerp(exported[1.0][name], 0.25))
 
 
+def test_a_teacher_that_knows_no_windows_is_warned_of(tiny_models, tmp_path, caplog):
+    teacher = tmp_path / "stage3"
+    shutil.copytree(tiny_models / "stage3", teacher)
+    for windows, said in (([17], False), ([], True)):
+        (teacher / "settings.json").write_text(json.dumps({"window_frames": windows}))
+        load(tiny_models, "--pretrained_model_name_or_path", str(teacher))
+        assert ("trained without window_frames" in caplog.text) == said
+
+
 def test_what_was_made_from_another_student_is_not_called_finished(tiny_stages, stage4, tmp_path):
     student = tmp_path / "student"
     shutil.copytree(stage4, student)

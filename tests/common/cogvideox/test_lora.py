@@ -265,7 +265,7 @@ def test_the_tool_converts_there_and_back(tiny_lora, tmp_path, monkeypatch, caps
     assert content(back)[0].keys() == content(tiny_lora / NAME)[0].keys()
     assert "ranks 1 to " in convert(tiny_lora, "diffusers", tmp_path / "small.safetensors", "--keep", 0.5)
     words = ["--lora_path", tiny_lora, "--form", "comfyui", "--output"]
-    assert "--keep 2 is more than everything" in refused(
+    assert "--keep: '2' is not a number from 0 to 1" in refused(
         convert_lora.main, *words, tmp_path / "x.safetensors", "--keep", 2
     )
     assert "exists; give another name, or --overwrite" in refused(convert_lora.main, *words, back)

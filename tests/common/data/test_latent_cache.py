@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLCogVideoX
 from transformers import AutoTokenizer, T5EncoderModel
 
 from common.config.errors import UserError
+from common.data import dataset
 from common.data.buckets import Bucket
 from common.data.index import ClipRecord
 from common.data.latent_cache import LatentCache, LatentCacheWriter
@@ -137,8 +138,15 @@ def test_workers_read_the_cache_too(cache, data, tiny_base):
         assert a["sample_ids"] == b["sample_ids"] and torch.equal(a["latent_moments"], b["latent_moments"])
 
 
-def test_a_second_run_has_only_the_refused_clip_to_try_again(cache, data, tiny_base):
-    assert precompute(settings(data, tiny_base, cache)) == {"windows": 4, "captions": 0}
+def test_a_second_run_accepts_what_the_first_accepted(data, tiny_base, tmp_path, monkeypatch, caplog):
+    """It tries only the refused clips again; the share of unreadable ones is that of all clips all the same."""
+    monkeypatch.setattr(dataset, "SHARE_COUNTED_FROM", 1)
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    (moved / "clip_3.mp4").write_bytes(b"")
+    args = settings(moved, tiny_base, tmp_path / "cache", max_unreadable_share=0.25)
+    assert precompute(args) == {"windows": 9, "captions": 5, "refused": 2}
+    assert "skipping index entry 4: " in caplog.text and "takes its place" not in caplog.text
+    assert precompute(args) == {"windows": 0, "captions": 0, "refused": 2}
 
 
 def bytes_read() -> int:
@@ -181,4 +189,4 @@ def test_the_command_line(data, tiny_base, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr("sys.argv", words)
     main()
-    assert "5 windows and 5 captions added" in capsys.readouterr().out
+    assert "4 windows and 5 captions added, 1 clip refused; all others" in capsys.readouterr().out

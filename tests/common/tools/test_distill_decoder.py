@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -130,6 +131,16 @@ def test_the_loss_is_that_of_pixels_and_of_what_is_sharp():
     assert reconstruction_loss(target[:, :1], target[:, :1]) == 0  # a single frame has no time
 
 
+def test_the_share_of_unreadable_clips_can_be_set(distill, tiny_world, tmp_path):
+    shutil.copytree(tiny_world, tmp_path / "data")
+    records = read_index(tmp_path / "data" / "index.json", tmp_path / "data", needs_control=False)
+    records[0].path.write_bytes(b"")
+    options = f"--steps 2 --data_root {tmp_path / 'data'}"
+    with pytest.raises(distill_decoder.UserError, match="more than max_unreadable_share 0.01 allows"):
+        distill("light", options)
+    assert distill("light", f"{options} --max_unreadable_share 0.4")["steps"] == 2
+
+
 MISTAKES = [
     ("--widths 16 16", "--widths (16, 16): 3 numbers are needed for spatial_factor 8"),
     ("--widths 12 16 16", "argument --widths: 12 does not fit; use 8 or 16"),
@@ -143,6 +154,7 @@ MISTAKES = [
     ("--index_file /nowhere.json", "index_file: cannot read /nowhere.json"),
     ("--model_path /nowhere", "no model directory at /nowhere"),
     ("--num_frames 37", "found no clip for 37 frames at 16 fps"),
+    ("--max_unreadable_share 2", "argument --max_unreadable_share: '2' is not a number from 0 to 1"),
     ("--steps many", "argument --steps: 'many' is not a whole number"),
 ]
 

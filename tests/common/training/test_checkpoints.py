@@ -171,7 +171,7 @@ def test_base_that_was_trained_anew_is_noticed_by_finished_and_by_resumed_runs(t
     shutil.copytree(tmp_path / "old", tmp_path / "new")  # copied as a whole: new times, the same content
     with caplog.at_level("INFO"):
         run(tmp_path / "new", 2)
-    assert "is finished (2 steps); nothing to do" in caplog.text
+    assert "is finished; nothing to do" in caplog.text
     run(tmp_path / "new", 3)
     checkpoints.save_file({"w": torch.ones(3)}, tmp_path / "new" / "base" / "transformer" / "model.safetensors")
     for where in ("run", "run/checkpoint-3"):

@@ -237,6 +237,16 @@ def test_sample_videos_with_control_go_into_a_contact_sheet(toy_data, tmp_path, 
     assert events.Tags()["images"] == ["validation/0: a road (D*4,DL*5)"]
 
 
+def test_clips_added_to_the_index_in_mid_run_are_noticed(toy_data, tmp_path, caplog):
+    index = tmp_path / "index.json"
+    entries = json.loads((toy_data / "index.json").read_text())["list"]
+    for number, said in ((12, False), (12, False), (14, True)):
+        index.write_text(json.dumps({"list": entries[:number]}))
+        steps = 1 + len(list(tmp_path.glob("run/checkpoint-*")))
+        train(toy_data, tmp_path / "run", index_file=str(index), max_train_steps=steps, validation_steps=1)
+        assert ("clips were 9.mp4" in caplog.text and "now they are 11.mp4" in caplog.text) == said
+
+
 def test_validation_does_not_change_training(toy_data, tmp_path):
     train(toy_data, tmp_path / "with", validation_steps=1, validation_prompts=["a road"], dropout=0.5)
     train(toy_data, tmp_path / "without", validation_steps=0, dropout=0.5)
