@@ -22,9 +22,7 @@ def main() -> None:
     parser.add_argument("--lora_path", required=True, help="stage 1's output_dir, or a LoRA file in any of the forms")
     parser.add_argument("--form", choices=FORMS, required=True, help="the names to write")
     parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument(
-        "--keep", type=fraction, metavar="SHARE", help="a smaller LoRA: the share to keep, up to 1"
-    )
+    parser.add_argument("--keep", type=fraction, metavar="SHARE", help="a smaller LoRA: the share to keep, up to 1")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_lora_option(parser)
     args = parser.parse_args()
