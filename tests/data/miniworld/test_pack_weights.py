@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import LORA_NAME
 from common.config.errors import UserError
 from data.miniworld import pack_weights
+
+SHIPPED = Path(pack_weights.__file__).parent
 
 
 def packed(output_dir, *pipelines):
@@ -58,3 +61,9 @@ def test_what_is_no_pipeline_or_too_large_is_refused(tiny_base, tmp_path, monkey
     monkeypatch.setattr(pack_weights, "LARGEST_FILE", 1000)
     with pytest.raises(UserError, match="are shipped"):
         packed(tmp_path, f"base={tiny_base}")
+
+
+def test_all_that_is_shipped_takes_40_mb_at_most():
+    files = [path for name in ("weights", "scene_network") for path in (SHIPPED / name).rglob("*")]
+    sizes = [path.stat().st_size for path in files if path.is_file()]
+    assert 30e6 < sum(sizes) <= 40e6 and max(sizes) <= pack_weights.LARGEST_FILE
