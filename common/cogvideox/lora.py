@@ -90,11 +90,12 @@ def read_lora(file: Path, lora_alpha: float | None = None) -> Lora:
     if (config or alphas) and lora_alpha is not None:
         said = config["lora_alpha"] if config else Counter(alphas.values()).most_common()[0][0]
         raise UserError(f"lora_alpha {lora_alpha:g} was given, but {file} itself says {said:g}; leave it out")
+    lora = Lora(factors, config or _make_config(factors, alphas, lora_alpha))
     if not config and not alphas and lora_alpha is None:
         logger.warning(
-            "%s does not say its alpha: alpha = rank is assumed, as diffusers does; --lora_alpha states another", file
-        )
-    lora = Lora(factors, config or _make_config(factors, alphas, lora_alpha))
+            "%s does not say its alpha: alpha = rank = %d is assumed, as diffusers does; --lora_alpha states another",
+            file, lora.config["r"],
+        )  # fmt: skip
     _check_ranks(lora, file)
     return lora
 

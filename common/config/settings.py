@@ -161,6 +161,10 @@ class TrainingSettings:
                 )
         refuse_unwritable(self.output_dir, "output_dir")
 
+    def window_sizes(self) -> list[int]:
+        """Raw frames of what a forward gets."""
+        return self.frame_buckets
+
     def starting_models(self) -> list[str]:
         """Every directory or hub id whose weights the run starts from."""
         return [self.pretrained_model_name_or_path]

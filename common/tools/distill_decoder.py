@@ -59,8 +59,8 @@ from common.training.random import seed_everything
 OUT_OF_MEMORY_HELP = "out of memory: lower --batch_size, --crop, --num_frames or --widths"
 
 # These do not change what is learnt.
-MAY_CHANGE = ("model_path", "data_root", "index_file", "output_dir", "device")
-MAY_CHANGE += ("checkpointing_steps", "max_unreadable_share")
+MAY_CHANGE = ("model_path", "data_root", "index_file", "output_dir", "device", "checkpointing_steps",
+              "max_unreadable_share")  # fmt: skip
 
 CHUNK = 2  # latents
 TIMED_CHUNKS = 20

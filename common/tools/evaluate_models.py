@@ -87,10 +87,9 @@ def _components(directory: Path, index: dict[str, Any]) -> dict[str, str]:
 
     The transformer's, called "weights", and the VAE's are digests alone: they are shown in the report.
     """
-    named = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
-    digests = {name: component_digest(directory / name) for name in named if (directory / name).is_dir()}
+    digests = {name: component_digest(directory / name) for name in index if (directory / name).is_dir()}
     shown = {"weights": digests.pop("transformer"), "vae": digests.pop("vae")}
-    return shown | {name: f"{named[name]} {digest}" for name, digest in digests.items()}
+    return shown | {name: f"{index[name][1]} {digest}" for name, digest in digests.items()}
 
 
 @dataclass

@@ -137,7 +137,7 @@ class CogVideoXObjective(Objective):
         with torch.device("meta"):
             module = self.make_module(transformer_class.from_config(config).requires_grad_(False))
         patch = module.config.patch_size * scale
-        frames = {n: (n - 1) // VAE_TIME_FACTOR + 1 for n in self.window_sizes()}
+        frames = {n: (n - 1) // VAE_TIME_FACTOR + 1 for n in settings.window_sizes()}
         return {
             "base": str(base) if base.is_dir() else f"{base} (not on this disk: sizes are those of CogVideoX-2B)",
             "latent frames per window": list(frames.values()),
@@ -150,10 +150,6 @@ class CogVideoXObjective(Objective):
             "parameters": sum(p.numel() for p in module.parameters()),
             "trained parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
-
-    def window_sizes(self) -> list[int]:
-        """Raw frames of what a forward gets."""
-        return self.settings.frame_buckets
 
     def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
         """UserError when the base's index or its transformer's config rules these settings out."""

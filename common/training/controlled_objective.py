@@ -163,9 +163,6 @@ class StreamingObjective(ControlledObjective):
 
     default_transformer = (CogVideoXControlTransformer3DModel, {"control_dim": 768})
 
-    def window_sizes(self) -> list[int]:
-        return self.settings.window_sizes()
-
     def window_length(self, batch: EncodedBatch, rng: SampleRandom | None) -> int:
         """Latent frames of this step's windows: drawn, without `rng` the most."""
         lengths = sorted((frames - 1) // VAE_TIME_FACTOR + 1 for frames in self.settings.window_frames)
@@ -225,7 +222,7 @@ class StreamingObjective(ControlledObjective):
     ) -> np.ndarray:
         """As many raw frames of a stream as there are control tokens, else one window and a shift: uint8 [N,h,w,3]."""
         settings = self.settings
-        num_frames = len(control) if control else max(self.window_sizes()) + 8
+        num_frames = len(control) if control else max(settings.window_sizes()) + 8
         chunks, made = [], 0
         with self.autocast(), self.vae_on_device():
             stream = pipeline.stream(

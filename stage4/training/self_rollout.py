@@ -119,14 +119,17 @@ class SelfRolloutObjective(SCMObjective):
                 f"{student} is no student of this teacher: their transformers differ in {', '.join(differences)}"
             )
 
-    def make_roles(self) -> None:
-        super().make_roles()
+    def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
+        super().load(device, weight_dtype)
         about = self.base_dir / "settings.json"  # not there when the teacher has been moved or packed
         if about.is_file() and not json.loads(about.read_text()).get("window_frames"):
             logger.warning(
                 "%s was trained without window_frames: it knows no clip that begins with four frames, and is to judge "
                 "such clips; better train stage 3 with longer clips (frame_buckets) and window_frames", self.base_dir
             )  # fmt: skip
+
+    def make_roles(self) -> None:
+        super().make_roles()
         self.streams = StreamsByLength()
 
     @property
