@@ -71,7 +71,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def row_names(args: argparse.Namespace) -> list[str]:
     """The models' labels, checked: they are parts of file names, and no two are alike."""
-    names = args.name if args.name is not None else [Path(path).absolute().name for path in args.model_path]
+    names = args.name
+    if names is None:  # CogVideoX1.5-5B: its directory's name, as far as it can be part of a file's
+        names = [re.sub(r"[^\w+=-]+", "-", Path(path).absolute().name) for path in args.model_path]
     if len(names) != len(args.model_path):
         raise UserError(f"--name has {len(names)} labels for {len(args.model_path)} models; give one each")
     for name in names:

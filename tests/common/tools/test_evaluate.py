@@ -250,3 +250,9 @@ def test_wrong_models_are_refused(refused, tiny_models, tiny_lora, tmp_path):
     assert "holds a LoRA, not a pipeline" in refused(evaluate.main, *output, "--model_path", tiny_lora)
     assert "no model directory at" in refused(evaluate.main, *output, "--model_path", tmp_path / "none")
     assert "no --model_path says what to measure" in refused(evaluate.main, *output)
+
+
+def test_a_row_is_called_as_its_directory_whatever_that_is(monkeypatch, tmp_path):
+    paths = ["models/CogVideoX1.5-5B", "outputs/my stage 4/", str(tmp_path / "checkpoint-20")]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--output_dir", "report", "--model_path", *paths])
+    assert evaluate.row_names(evaluate.parse_arguments()) == ["CogVideoX1-5-5B", "my-stage-4", "checkpoint-20"]
