@@ -161,7 +161,7 @@ def test_a_base_directory_without_a_component(launch, nothing_loaded, tiny_base,
 @pytest.mark.parametrize(
     ("stage", "given", "message"),
     [
-        (2, "stage2", "is a controlled pipeline (stage 2); here belongs a text-to-video pipeline"),
+        (2, "stage3", "is a streaming pipeline (stage 3 or 4); here belongs a text-to-video pipeline"),
         (3, "stage3", "is a streaming pipeline (stage 3 or 4); here belongs a controlled pipeline"),
         (4, "stage2", "is a controlled pipeline (stage 2); here belongs a streaming pipeline"),
         (4, "stage4", "is distilled already (its scheduler is a CogVideoXSwinLCMScheduler); here belongs stage 3's"),

@@ -38,11 +38,11 @@ PIPELINE_KINDS = {
 }
 
 
-def read_model_index(path: str | Path, expected: str | None = None) -> dict[str, Any]:
+def read_model_index(path: str | Path, expected: str | tuple[str, ...] = ()) -> dict[str, Any]:
     """model_index.json of a complete pipeline directory.
 
     Args:
-        expected: the `_class_name` it must have, a key of `PIPELINE_KINDS`.
+        expected: the `_class_name` it must have, or several of which one; keys of `PIPELINE_KINDS`.
 
     Raises:
         UserError: no such directory, no pipeline, a component missing, or another kind of pipeline.
@@ -68,8 +68,10 @@ def read_model_index(path: str | Path, expected: str | None = None) -> dict[str,
                 f"{directory} is incomplete: the component {name!r} is missing; copy it there whole, with "
                 f"{', '.join(BASE_COMPONENTS)}"
             )
-    if expected is not None and kind != expected:
-        raise UserError(f"{directory} is {PIPELINE_KINDS[kind]}; here belongs {PIPELINE_KINDS[expected]}")
+    expected = (expected,) if isinstance(expected, str) else expected
+    if expected and kind not in expected:
+        belongs = ", or ".join(PIPELINE_KINDS[one] for one in expected)
+        raise UserError(f"{directory} is {PIPELINE_KINDS[kind]}; here belongs {belongs}")
     return index
 
 

@@ -45,7 +45,7 @@ class CogVideoXObjective(Objective):
         device, weight_dtype: where the models are; the type of frozen ones.
     """
 
-    base_pipeline: str  # the kind of directory that the stage starts from (`_class_name` in its index)
+    base_pipeline: str | tuple[str, ...]  # kinds of directory that the stage starts from (`_class_name` in the index)
     default_transformer: tuple[type, dict[str, Any]] = (CogVideoXTransformer3DModel, {})  # that base, of the 2B's size
     trains_base = False  # the base's transformer is trained, so it is loaded in the type of trained weights
 

@@ -126,7 +126,7 @@ class ControlledObjective(CogVideoXObjective):
 
     def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
         super().check_base(base, index, config)
-        if self.base_pipeline != "CogVideoXPipeline" and not (base / "control_vocabulary").is_dir():
+        if index["_class_name"] != "CogVideoXPipeline" and not (base / "control_vocabulary").is_dir():
             raise UserError(f"{base} is incomplete: the component 'control_vocabulary' is missing; stage 2 writes it")
 
     def load_vocabulary(self) -> ControlVocabulary:

@@ -40,6 +40,15 @@ SENTENCES = {
     "NR": "the car coasts and turns right",
 }
 
+ADAPTER_SETTINGS = (  # settings that are the transformer's config as well
+    "control_dim",
+    "control_start_layer",
+    "control_end_layer",
+    "control_attention",
+    "control_temporal_position",
+    "control_tokens_per_frame",
+)
+
 
 @dataclass
 class ControlSettings(SettingsWithLora, ControlledSettings):
@@ -80,10 +89,18 @@ class ControlSettings(SettingsWithLora, ControlledSettings):
 
 
 class ControlObjective(ControlledObjective):
-    """Stage 1's loss, with a control signal; trained are the control adapter and, if there is one, the base's LoRA."""
+    """Stage 1's loss, with a control signal; trained are the control adapter and, if there is one, the base's LoRA.
 
-    base_pipeline = "CogVideoXPipeline"
+    The adapter is new, or that of an earlier stage 2 which the run starts from.
+    """
+
+    base_pipeline = ("CogVideoXPipeline", "CogVideoXControlPipeline")
     adds_to_base = True
+
+    def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
+        super().load(device, weight_dtype)
+        if (self.base_dir / "control_vocabulary").is_dir() and weight_dtype != torch.float32:
+            copy_adapter(load_component(self.base_dir, "transformer"), self.module)  # the base's was rounded
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         module = self.add_adapter(transformer).requires_grad_(False)
@@ -94,8 +111,12 @@ class ControlObjective(ControlledObjective):
         return module
 
     def add_adapter(self, transformer: nn.Module) -> CogVideoXControlTransformer3DModel:
-        """The base's weights with a new control adapter."""
+        """The base's weights with a control adapter: its own, or a new one."""
         settings = self.settings
+        if isinstance(transformer, CogVideoXControlTransformer3DModel):
+            for name in ADAPTER_SETTINGS:
+                self.check_as_base(name, transformer.config[name])
+            return transformer
         if not settings.control_text_encoder and settings.control_dim < len(CONTROL_TOKENS):
             raise SettingError(
                 "control_dim",
@@ -103,18 +124,23 @@ class ControlObjective(ControlledObjective):
             )
         try:
             return CogVideoXControlTransformer3DModel.from_transformer(
-                transformer,
-                control_dim=settings.control_dim,
-                control_start_layer=settings.control_start_layer,
-                control_end_layer=settings.control_end_layer,
-                control_attention=settings.control_attention,
-                control_temporal_position=settings.control_temporal_position,
-                control_tokens_per_frame=settings.control_tokens_per_frame,
+                transformer, **{name: getattr(settings, name) for name in ADAPTER_SETTINGS}
             )
         except ValueError as error:
             raise UserError(f"control_start_layer, control_end_layer: {error}") from error
 
+    def check_as_base(self, name: str, of_base: object) -> None:
+        """A setting of what the base has already is the base's."""
+        value = getattr(self.settings, name)
+        if value != of_base:
+            base = self.settings.pretrained_model_name_or_path
+            raise SettingError(name, f"is {value!r}; {base} was trained with {of_base!r}")
+
     def load_vocabulary(self) -> ControlVocabulary:
+        if (self.base_dir / "control_vocabulary").is_dir():
+            vocabulary = super().load_vocabulary()
+            self.check_as_base("control_label", vocabulary.label)
+            return vocabulary
         vocabulary = self.make_vocabulary()
         vocabulary.label = self.settings.control_label
         return vocabulary
@@ -171,15 +197,11 @@ class ControlObjective(ControlledObjective):
         parts = {"transformer": self.exported(), "control_vocabulary": self.vocabulary}
         write_pipeline(output_dir, self.base_dir, "CogVideoXControlPipeline", parts)
 
-    @torch.no_grad()
     def exported(self) -> nn.Module:
         """The base, read once more since the one in use may be a rounded copy, with what was learnt: in float32."""
-        trained = self.plain_module
         transformer = self.add_adapter(load_component(self.base_dir, "transformer"))
-        for name, parameter in transformer.named_parameters():
-            if name.startswith(CONTROL_PREFIXES):
-                parameter.copy_(trained.get_parameter(name))
-        add_lora_products(transformer, trained)
+        copy_adapter(self.plain_module, transformer)
+        add_lora_products(transformer, self.plain_module)
         return transformer
 
     def sample(self, prompt: str, control: list[str] | None, seed: int) -> np.ndarray:
@@ -191,3 +213,11 @@ class ControlObjective(ControlledObjective):
             guidance_scale=self.settings.validation_guidance_scale,
             control_guidance_scale=self.settings.validation_control_guidance_scale,
         )
+
+
+@torch.no_grad()
+def copy_adapter(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the control adapter of `source`, in its own type and place."""
+    for name, parameter in target.named_parameters():
+        if name.startswith(CONTROL_PREFIXES):
+            parameter.copy_(source.get_parameter(name))
