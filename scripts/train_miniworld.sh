@@ -5,12 +5,13 @@
 #   bash scripts/train_miniworld.sh [OUTPUT_DIR]        default outputs/miniworld_gpu
 #
 # The same command goes on where it was stopped. Lengths are set by variables, here with their defaults:
-#   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=9000 STAGE3_STEPS=20700 STAGE4_STEPS=6000
+#   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=18000 STAGE3_STEPS=20700 STAGE4_STEPS=6000
 #   ROLLOUT_STEPS=4000 BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding)
 #   GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
-# On one H200 a step takes 18 ms for the base, 16, 22, 19 and 30 ms in stages 1 to 4, and 54 in self-rollout: 28 minutes
-# of training by these times, and nine of the VAE, beside drawing and encoding. As a whole it has run on CPUs alone.
+# On one H200 a step takes 18 ms for the base, 16, 31, 28 and 43 ms in stages 1 to 4, and 54 or more in self-rollout: 39
+# minutes of training by these times, and nine of the VAE, beside drawing and encoding. As a whole it has run on CPUs
+# alone.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -20,7 +21,7 @@ trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
 out=${1:-outputs/miniworld_gpu}
 world=$out/world
 : "${CLIPS:=3000}" "${VAE_STEPS:=4000}" "${BASE_STEPS:=30000}" "${BATCH_SIZE:=64}" "${PROCESSES:=8}"
-: "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=9000}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
+: "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=18000}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
 : "${ROLLOUT_STEPS:=4000}"
 : "${GPU_OPTIONS=--mixed_precision bf16 --compile --cuda_graph}"
 precision=()
@@ -81,7 +82,8 @@ if [[ ! $out/stage1_fused/model_index.json -nt $out/stage1/pytorch_lora_weights.
     python stage1/fuse_lora_weights.py --pretrained_model_path "$BASE" --lora_path "$out/stage1" \
         --output_dir "$out/stage1_fused"
 fi
-stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --optimizer muon --learning_rate 1e-3 "${lora[@]}"
+stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --optimizer muon --learning_rate 1e-3 "${lora[@]}" \
+    --rank 64 --lora_alpha 64
 stage 3 "$STAGE3_STEPS" "$out/stage2" 97 1 --window_frames 17 33 --optimizer muon --learning_rate 1e-3 \
     --offset_noise 0.3
 stage 4 "$STAGE4_STEPS" "$out/stage3" 97 1 --optimizer muon --learning_rate 2.5e-4 --window_frames 17 33 \
