@@ -63,7 +63,6 @@ def test_what_is_no_pipeline_or_too_large_is_refused(tiny_base, tmp_path, monkey
         packed(tmp_path, f"base={tiny_base}")
 
 
-def test_all_that_is_shipped_takes_40_mb_at_most():
-    files = [path for name in ("weights", "scene_network") for path in (SHIPPED / name).rglob("*")]
-    sizes = [path.stat().st_size for path in files if path.is_file()]
+def test_the_weights_that_are_shipped_take_40_mb_at_most():
+    sizes = [path.stat().st_size for path in (SHIPPED / "weights").rglob("*") if path.is_file()]
     assert 30e6 < sum(sizes) <= 40e6 and max(sizes) <= pack_weights.LARGEST_FILE
