@@ -40,15 +40,6 @@ SENTENCES = {
     "NR": "the car coasts and turns right",
 }
 
-ADAPTER_SETTINGS = (  # settings that are the transformer's config as well
-    "control_dim",
-    "control_start_layer",
-    "control_end_layer",
-    "control_attention",
-    "control_temporal_position",
-    "control_tokens_per_frame",
-)
-
 
 @dataclass
 class ControlSettings(SettingsWithLora, ControlledSettings):
@@ -99,7 +90,7 @@ class ControlObjective(ControlledObjective):
 
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         super().load(device, weight_dtype)
-        if (self.base_dir / "control_vocabulary").is_dir() and weight_dtype != torch.float32:
+        if self.base_has_adapter() and weight_dtype != torch.float32:
             copy_adapter(load_component(self.base_dir, "transformer"), self.module)  # the base's was rounded
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
@@ -113,9 +104,17 @@ class ControlObjective(ControlledObjective):
     def add_adapter(self, transformer: nn.Module) -> CogVideoXControlTransformer3DModel:
         """The base's weights with a control adapter: its own, or a new one."""
         settings = self.settings
+        config = {
+            "control_dim": settings.control_dim,
+            "control_start_layer": settings.control_start_layer,
+            "control_end_layer": settings.control_end_layer,
+            "control_attention": settings.control_attention,
+            "control_temporal_position": settings.control_temporal_position,
+            "control_tokens_per_frame": settings.control_tokens_per_frame,
+        }
         if isinstance(transformer, CogVideoXControlTransformer3DModel):
-            for name in ADAPTER_SETTINGS:
-                self.check_as_base(name, transformer.config[name])
+            for name, value in config.items():
+                self.check_as_base(name, value, transformer.config[name])
             return transformer
         if not settings.control_text_encoder and settings.control_dim < len(CONTROL_TOKENS):
             raise SettingError(
@@ -123,26 +122,26 @@ class ControlObjective(ControlledObjective):
                 f"is {settings.control_dim}; {len(CONTROL_TOKENS)} orthogonal signals need as many or more",
             )
         try:
-            return CogVideoXControlTransformer3DModel.from_transformer(
-                transformer, **{name: getattr(settings, name) for name in ADAPTER_SETTINGS}
-            )
+            return CogVideoXControlTransformer3DModel.from_transformer(transformer, **config)
         except ValueError as error:
             raise UserError(f"control_start_layer, control_end_layer: {error}") from error
 
-    def check_as_base(self, name: str, of_base: object) -> None:
+    def base_has_adapter(self) -> bool:
+        return (self.base_dir / "control_vocabulary").is_dir()
+
+    def check_as_base(self, name: str, value: object, of_base: object) -> None:
         """A setting of what the base has already is the base's."""
-        value = getattr(self.settings, name)
         if value != of_base:
             base = self.settings.pretrained_model_name_or_path
             raise SettingError(name, f"is {value!r}; {base} was trained with {of_base!r}")
 
     def load_vocabulary(self) -> ControlVocabulary:
-        if (self.base_dir / "control_vocabulary").is_dir():
-            vocabulary = super().load_vocabulary()
-            self.check_as_base("control_label", vocabulary.label)
+        if not self.base_has_adapter():
+            vocabulary = self.make_vocabulary()
+            vocabulary.label = self.settings.control_label
             return vocabulary
-        vocabulary = self.make_vocabulary()
-        vocabulary.label = self.settings.control_label
+        vocabulary = super().load_vocabulary()
+        self.check_as_base("control_label", self.settings.control_label, vocabulary.label)
         return vocabulary
 
     def make_vocabulary(self) -> ControlVocabulary:

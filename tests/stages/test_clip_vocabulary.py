@@ -45,7 +45,7 @@ def test_rows_are_the_features_of_the_sentences_and_null_is_that_of_the_empty_on
 
 
 def test_stage_2_takes_its_own_sentences_in_index_order(clip, tmp_path):
-    vocabulary = settings(clip).build_objective().load_vocabulary()
+    vocabulary = settings(clip).build_objective().make_vocabulary()
     assert vocabulary.names == list(CONTROL_TOKENS)
     torch.testing.assert_close(vocabulary.table[4], feature(clip, SENTENCES["BL"]), rtol=0, atol=1e-6)
     vocabulary.save_pretrained(tmp_path)
@@ -59,7 +59,7 @@ def test_a_sentences_file_in_another_order(clip, tmp_path):
     file = tmp_path / "sentences.json"
     sentences = {token: f"signal {token.lower()}" for token in reversed(CONTROL_TOKENS)}
     file.write_text(json.dumps(sentences))
-    vocabulary = settings(clip, control_sentences_file=str(file)).build_objective().load_vocabulary()
+    vocabulary = settings(clip, control_sentences_file=str(file)).build_objective().make_vocabulary()
     assert vocabulary.names == list(CONTROL_TOKENS)
     for token in ("D", "BR", "NR"):
         row = vocabulary.embed(vocabulary.indices([token]))[0]
@@ -67,12 +67,12 @@ def test_a_sentences_file_in_another_order(clip, tmp_path):
     del sentences["BR"]
     file.write_text(json.dumps(sentences))
     with pytest.raises(UserError, match="has no sentence for BR"):
-        settings(clip, control_sentences_file=str(file)).build_objective().load_vocabulary()
+        settings(clip, control_sentences_file=str(file)).build_objective().make_vocabulary()
 
 
 def test_another_width_and_no_clip_at_all_are_refused(clip, tiny_base):
     wide = ControlSettings(control_text_encoder=str(clip), control_dim=768)
     with pytest.raises(UserError, match=f"control_dim: is 768; .* makes {DIM}"):
-        wide.build_objective().load_vocabulary()
+        wide.build_objective().make_vocabulary()
     with pytest.raises(UserError, match="no CLIP text encoder could be loaded"):
         ControlVocabulary.from_clip(SENTENCES, tiny_base)
