@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to an endless, controlled video on two CPU cores in about 13 minutes: draws the mini world and takes its
+# From nothing to an endless, controlled video on two CPU cores in 9 to 13 minutes: draws the mini world and takes its
 # base model through the four stages by the same launch scripts as the 2B model.
 #
 #   bash scripts/quickstart.sh
