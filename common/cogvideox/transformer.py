@@ -241,8 +241,8 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
             hidden_states: noisy latents [B,F,C,H,W].
             encoder_hidden_states: text embeddings [B,L,text_embed_dim].
             timestep: [B], or [B,F] for one a latent frame.
-            control_embeds: [B,F,control_dim]; None skips the control blocks (the model as of stage 1, if stage 2
-                trained the adapter alone).
+            control_embeds: [B,F,control_dim]; None skips the control blocks (the model as of stage 1, if every
+                run of stage 2 trained the adapter alone).
             timestep_cond: guidance-scale embedding [B,cond_proj_dim].
 
         Returns:

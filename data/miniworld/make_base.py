@@ -7,9 +7,10 @@ rests on it; about 22 dB), then 150 steps for a text-to-video transformer that k
 is trained at length on a GPU, with --patch_size 1, is in scripts/train_miniworld.sh, and how the shipped one was made
 in data/miniworld/weights/README.md.
 
-The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's.
-Finished parts are kept, and a run that was killed goes on from a checkpoint at most a minute old. With --vae_steps
-the weights depend on the settings alone; with --vae_minutes also on how fast the machine is.
+The tokenizer is trained on the captions, the text encoder is random and frozen, the scheduler is CogVideoX-2B's, or
+5B's with --snr_shift_scale 1. Finished parts are kept, and a run that was killed goes on from a checkpoint at most a
+minute old. With --vae_steps the weights depend on the settings alone; with --vae_minutes also on how fast the machine
+is.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Source: The Matrix, arXiv 2412.03568, section 3.2.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from common.cogvideox.control_adapter import LABELS, NULL_INDEX, ControlVocabulary
 from common.cogvideox.noise_schedule import mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
-from common.cogvideox.pipeline_io import load_component, write_pipeline
+from common.cogvideox.pipeline_io import load_component, read_model_index, write_pipeline
 from common.cogvideox.transformer import CONTROL_PREFIXES, CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.fields import PathSetting
@@ -53,7 +54,8 @@ class ControlSettings(SettingsWithLora, ControlledSettings):
     control_tokens_per_frame: int = 1  # control tokens of a latent frame; with one, the published form, a signal that
     # holds adds the same to the whole picture
     control_label: str = "mean"  # of a latent frame: the mean row of its four raw frames, or that of the "last"
-    control_text_encoder: PathSetting = ""  # CLIP directory or hub id; "" takes a fixed orthogonal table
+    # CLIP directory or hub id; "" takes a fixed orthogonal table. A base that has an adapter brings its own vocabulary.
+    control_text_encoder: PathSetting = ""
     control_sentences_file: PathSetting = ""  # JSON of signal → sentence for CLIP; "" takes this file's sentences
     validation_guidance_scale: float = 6.0  # text guidance of the sample videos; 1 for none
     validation_control_guidance_scale: float = 1.0  # control guidance of the sample videos; 1 for none
@@ -90,8 +92,23 @@ class ControlObjective(ControlledObjective):
 
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         super().load(device, weight_dtype)
-        if self.base_has_adapter() and weight_dtype != torch.float32:
-            copy_adapter(load_component(self.base_dir, "transformer"), self.module)  # the base's was rounded
+        rounded = self.module.control_parameters()[0].dtype != weight_dtype  # the base was, and is not what is trained
+        if rounded and self.base_has_adapter(read_model_index(self.base_dir)):
+            copy_adapter(load_component(self.base_dir, "transformer"), self.module)
+
+    def base_has_adapter(self, index: dict[str, Any]) -> bool:
+        """Whether the base, a directory with that index, was written by an earlier stage 2."""
+        return index["_class_name"] == "CogVideoXControlPipeline"
+
+    def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
+        """What the base has already cannot be set otherwise."""
+        super().check_base(base, index, config)
+        if self.base_has_adapter(index):
+            label = ControlVocabulary.from_pretrained(base / "control_vocabulary").label
+            for name, value in {**self.adapter_config(), "control_label": self.settings.control_label}.items():
+                of_base = label if name == "control_label" else config[name]
+                if value != of_base:
+                    raise SettingError(name, f"is {value!r}; {base} was trained with {of_base!r}")
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         module = self.add_adapter(transformer).requires_grad_(False)
@@ -103,8 +120,23 @@ class ControlObjective(ControlledObjective):
 
     def add_adapter(self, transformer: nn.Module) -> CogVideoXControlTransformer3DModel:
         """The base's weights with a control adapter: its own, or a new one."""
+        if isinstance(transformer, CogVideoXControlTransformer3DModel):
+            return transformer
         settings = self.settings
-        config = {
+        if not settings.control_text_encoder and settings.control_dim < len(CONTROL_TOKENS):
+            raise SettingError(
+                "control_dim",
+                f"is {settings.control_dim}; {len(CONTROL_TOKENS)} orthogonal signals need as many or more",
+            )
+        try:
+            return CogVideoXControlTransformer3DModel.from_transformer(transformer, **self.adapter_config())
+        except ValueError as error:
+            raise UserError(f"control_start_layer, control_end_layer: {error}") from error
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The settings that are part of the transformer's config."""
+        settings = self.settings
+        return {
             "control_dim": settings.control_dim,
             "control_start_layer": settings.control_start_layer,
             "control_end_layer": settings.control_end_layer,
@@ -112,36 +144,12 @@ class ControlObjective(ControlledObjective):
             "control_temporal_position": settings.control_temporal_position,
             "control_tokens_per_frame": settings.control_tokens_per_frame,
         }
-        if isinstance(transformer, CogVideoXControlTransformer3DModel):
-            for name, value in config.items():
-                self.check_as_base(name, value, transformer.config[name])
-            return transformer
-        if not settings.control_text_encoder and settings.control_dim < len(CONTROL_TOKENS):
-            raise SettingError(
-                "control_dim",
-                f"is {settings.control_dim}; {len(CONTROL_TOKENS)} orthogonal signals need as many or more",
-            )
-        try:
-            return CogVideoXControlTransformer3DModel.from_transformer(transformer, **config)
-        except ValueError as error:
-            raise UserError(f"control_start_layer, control_end_layer: {error}") from error
-
-    def base_has_adapter(self) -> bool:
-        return (self.base_dir / "control_vocabulary").is_dir()
-
-    def check_as_base(self, name: str, value: object, of_base: object) -> None:
-        """A setting of what the base has already is the base's."""
-        if value != of_base:
-            base = self.settings.pretrained_model_name_or_path
-            raise SettingError(name, f"is {value!r}; {base} was trained with {of_base!r}")
 
     def load_vocabulary(self) -> ControlVocabulary:
-        if not self.base_has_adapter():
-            vocabulary = self.make_vocabulary()
-            vocabulary.label = self.settings.control_label
-            return vocabulary
-        vocabulary = super().load_vocabulary()
-        self.check_as_base("control_label", self.settings.control_label, vocabulary.label)
+        if self.base_has_adapter(read_model_index(self.base_dir)):
+            return super().load_vocabulary()
+        vocabulary = self.make_vocabulary()
+        vocabulary.label = self.settings.control_label
         return vocabulary
 
     def make_vocabulary(self) -> ControlVocabulary:

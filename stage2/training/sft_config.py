@@ -1,4 +1,4 @@
-"""Stage 2 on CogVideoX-2B: the control adapter (Interactive Module); everything else is frozen, as published.
+"""Stage 2 on CogVideoX-2B: the control adapter (Interactive Module); all else is frozen, as published, if `rank` is 0.
 
 Command:   bash stage2/train_text_to_video_sft.sh            (--dry_run shows sizes and leaves)
 Hardware:  316 M trained parameters beside 1.7 B frozen ones; the published run used 8 GPUs of 80 GB. One H200, a cached
@@ -12,7 +12,7 @@ from stage2.training.control import ControlSettings
 args = ControlSettings()
 
 # --- model and output
-args.pretrained_model_name_or_path = "../../outputs/stage1_fused"  # str: pipeline directory or hub id to start from
+args.pretrained_model_name_or_path = "../../outputs/stage1_fused"  # str: directory or hub id, or an earlier stage 2
 args.output_dir = "../../outputs/stage2"  # str: checkpoints, logs, sample videos, and the result
 args.seed = 42  # int: of everything that is drawn
 
@@ -40,7 +40,7 @@ args.control_text_encoder = "openai/clip-vit-large-patch14"  # str: CLIP; "" tak
 args.control_sentences_file = ""  # str: JSON of signal to sentence; "" takes those in control.py
 
 # --- LoRA beside the adapter
-args.rank = 0  # int: 0 leaves the base as it is; on the mini world 32 on all linear layers obey better, here untried
+args.rank = 0  # int: 0 leaves the base as it is; on the mini world 64 on all linear layers obey better, here untried
 args.lora_alpha = 64.0  # float: the product of the LoRA's factors is scaled by lora_alpha / rank
 args.lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # list[str]: ends of the linear layers' names
 

@@ -43,20 +43,26 @@ def test_it_starts_as_what_the_first_run_ended_with(tiny_stages, first, tmp_path
 
 def test_in_bf16_the_adapter_goes_on_from_all_of_its_digits(tiny_stages, first, tmp_path):
     objective, weights = from_first(tiny_stages, first, tmp_path, dtype=torch.bfloat16), load_file(first / WEIGHTS)
-    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
-    for name, parameter in objective.module.named_parameters():
-        if name.startswith(CONTROL_PREFIXES):
-            assert torch.equal(parameter, weights[name]), name
+    adapter = {name: value for name, value in weights.items() if name.startswith(CONTROL_PREFIXES)}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in adapter.values())
+    for name, value in adapter.items():
+        assert torch.equal(objective.module.get_parameter(name), value), name
 
 
-def test_a_second_run_trains_the_adapter_and_leaves_the_base(tiny_stages, first, tmp_path):
-    again = tiny_stages.train(2, tmp_path / "again", "--pretrained_model_name_or_path", str(first))
+@pytest.mark.parametrize("lora", [[], LORA], ids=["adapter alone", "with a LoRA"])
+def test_a_second_run_trains_the_adapter_and_leaves_the_base(tiny_stages, first, tmp_path, lora):
+    words = ["--pretrained_model_name_or_path", str(first), "--mixed_precision", "bf16", *lora]
+    again = tiny_stages.train(2, tmp_path / "again", *words)
     before, after = load_file(first / WEIGHTS), load_file(again / WEIGHTS)
     assert before.keys() == after.keys()
+    in_lora = (".attn1.to_q.weight", ".ff.net.2.weight") if lora else ()
     for name, value in after.items():
-        learnt = name.startswith(CONTROL_PREFIXES) and name.endswith("attn1.to_out.0.weight")
-        if learnt or not name.startswith(CONTROL_PREFIXES):
-            assert torch.equal(value, before[name]) is not learnt, name
+        if name.startswith(CONTROL_PREFIXES):
+            assert not (name.endswith("attn1.to_out.0.weight") and torch.equal(value, before[name])), name
+        else:
+            assert torch.equal(value, before[name]) is not name.endswith(in_lora), name
+    vocabularies = (load_component(directory, "control_vocabulary") for directory in (first, again))
+    assert len({str(vocabulary.table.tolist()) for vocabulary in vocabularies}) == 1
 
 
 @pytest.mark.parametrize(
@@ -64,5 +70,7 @@ def test_a_second_run_trains_the_adapter_and_leaves_the_base(tiny_stages, first,
     [("control_tokens_per_frame", "2", "8"), ("control_label", "last", "'mean'"), ("control_end_layer", "3", "4")],
 )
 def test_what_the_adapter_is_cannot_change(tiny_stages, first, tmp_path, setting, value, was):
+    words = ["--pretrained_model_name_or_path", str(first), f"--{setting}", value]
+    objective = tiny_stages.settings(2, tmp_path / "again", *words).build_objective()
     with pytest.raises(SettingError, match=rf"{setting}: is '?{value}'?; .* was trained with {was}"):
-        from_first(tiny_stages, first, tmp_path, f"--{setting}", value)
+        objective.describe()  # as a dry run does, before any weights are read
