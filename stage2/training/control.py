@@ -103,12 +103,14 @@ class ControlObjective(ControlledObjective):
     def check_base(self, base: Path, index: dict[str, Any], config: dict[str, Any]) -> None:
         """What the base has already cannot be set otherwise."""
         super().check_base(base, index, config)
-        if self.base_has_adapter(index):
-            label = ControlVocabulary.from_pretrained(base / "control_vocabulary").label
-            for name, value in {**self.adapter_config(), "control_label": self.settings.control_label}.items():
-                of_base = label if name == "control_label" else config[name]
-                if value != of_base:
-                    raise SettingError(name, f"is {value!r}; {base} was trained with {of_base!r}")
+        if not self.base_has_adapter(index):
+            return
+        label = ControlVocabulary.from_pretrained(base / "control_vocabulary").label
+        with torch.device("meta"):  # its config has the values that the file leaves to their defaults
+            of_base = {**CogVideoXControlTransformer3DModel.from_config(config).config, "control_label": label}
+        for name, value in {**self.adapter_config(), "control_label": self.settings.control_label}.items():
+            if value != of_base[name]:
+                raise SettingError(name, f"is {value!r}; {base} was trained with {of_base[name]!r}")
 
     def make_module(self, transformer: nn.Module) -> nn.Module:
         module = self.add_adapter(transformer).requires_grad_(False)

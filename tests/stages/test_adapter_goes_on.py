@@ -1,5 +1,9 @@
 """Stage 2 from what an earlier stage 2 wrote: on further footage, or with a LoRA that the first run did without."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -74,3 +78,15 @@ def test_what_the_adapter_is_cannot_change(tiny_stages, first, tmp_path, setting
     objective = tiny_stages.settings(2, tmp_path / "again", *words).build_objective()
     with pytest.raises(SettingError, match=rf"{setting}: is '?{value}'?; .* was trained with {was}"):
         objective.describe()  # as a dry run does, before any weights are read
+
+
+def test_what_a_config_leaves_out_is_as_published(tiny_stages, first, tmp_path):
+    copy = Path(shutil.copytree(first, tmp_path / "copy"))
+    file = copy / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("control_tokens_per_frame") == 8
+    file.write_text(json.dumps(config))
+    words = ["--pretrained_model_name_or_path", str(copy), "--control_tokens_per_frame"]
+    with pytest.raises(SettingError, match="control_tokens_per_frame: is 8; .* was trained with 1"):
+        tiny_stages.settings(2, tmp_path / "again", *words, "8").build_objective().describe()
+    tiny_stages.settings(2, tmp_path / "again", *words, "1").build_objective().describe()
