@@ -75,15 +75,14 @@ stage() {
         --checkpointing_steps 1000 --validation_steps "$2" --logging_steps 50 --dataloader_num_workers "$PROCESSES" \
         $GPU_OPTIONS "${@:6}"
 }
-lora=(--rank 32 --lora_alpha 32 --lora_target_modules
-    to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 norm1.linear norm2.linear)
-stage 1 "$STAGE1_STEPS" "$BASE" 33 3 --learning_rate 1e-3 "${lora[@]}"
+layers=(--lora_target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 norm1.linear norm2.linear)
+stage 1 "$STAGE1_STEPS" "$BASE" 33 3 --learning_rate 1e-3 --rank 32 --lora_alpha 32 "${layers[@]}"
 if [[ ! $out/stage1_fused/model_index.json -nt $out/stage1/pytorch_lora_weights.safetensors ]]; then
     python stage1/fuse_lora_weights.py --pretrained_model_path "$BASE" --lora_path "$out/stage1" \
         --output_dir "$out/stage1_fused"
 fi
-stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --optimizer muon --learning_rate 1e-3 "${lora[@]}" \
-    --rank 64 --lora_alpha 64
+stage 2 "$STAGE2_STEPS" "$out/stage1_fused" 33 3 --optimizer muon --learning_rate 1e-3 --rank 64 --lora_alpha 64 \
+    "${layers[@]}"
 stage 3 "$STAGE3_STEPS" "$out/stage2" 97 1 --window_frames 17 33 --optimizer muon --learning_rate 1e-3 \
     --offset_noise 0.3
 stage 4 "$STAGE4_STEPS" "$out/stage3" 97 1 --optimizer muon --learning_rate 2.5e-4 --window_frames 17 33 \

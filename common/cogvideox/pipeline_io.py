@@ -6,6 +6,7 @@ diffusers' `from_pretrained` refuses, so our pipelines load them here.
 """
 
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -92,10 +93,15 @@ def component_class(directory: Path, name: str, index: dict[str, Any]) -> type:
 
 
 def component_config(directory: Path, name: str, index: dict[str, Any]) -> tuple[type, dict[str, Any]]:
-    """Class and config of one of diffusers' components, without its weights."""
+    """Class and config of one of diffusers' components, without its weights; what an older file leaves out has its
+    default."""
     stored_class = component_class(directory, name, index)
+    parameters = inspect.signature(stored_class).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
     try:
-        return stored_class, stored_class.load_config(directory / name)
+        return stored_class, {**defaults, **stored_class.load_config(directory / name)}
     except (OSError, ValueError) as error:
         raise UserError(
             f"{directory / name} holds no config of a {stored_class.__name__}: {one_line(error)}"

@@ -41,6 +41,7 @@ class CogVideoXObjective(Objective):
     """A stage's objective on a CogVideoX pipeline directory. Subclasses set `base_pipeline`.
 
     Attributes (after `load`):
+        base_dir, base_index: the base's directory, and its model_index.json.
         scheduler, alphas: the base's scheduler, and its ᾱ as noise_schedule takes it: [T+1], float64.
         device, weight_dtype: where the models are; the type of frozen ones.
     """
@@ -56,7 +57,7 @@ class CogVideoXObjective(Objective):
         """
         self.device, self.weight_dtype = device, weight_dtype
         self.base_dir = resolve_pipeline_directory(self.settings.pretrained_model_name_or_path)
-        index = read_model_index(self.base_dir, expected=self.base_pipeline)
+        self.base_index = index = read_model_index(self.base_dir, expected=self.base_pipeline)
         self.check_base(self.base_dir, index, component_config(self.base_dir, "transformer", index)[1])
         self.scheduler = load_component(self.base_dir, "scheduler")
         self.alphas = noise_schedule.alphas_with_clean_end(self.scheduler, device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.cogvideox.control_adapter import LABELS, NULL_INDEX, ControlVocabulary
 from common.cogvideox.noise_schedule import mix_noise
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline
-from common.cogvideox.pipeline_io import load_component, read_model_index, write_pipeline
+from common.cogvideox.pipeline_io import load_component, write_pipeline
 from common.cogvideox.transformer import CONTROL_PREFIXES, CogVideoXControlTransformer3DModel
 from common.config.errors import SettingError, UserError
 from common.config.fields import PathSetting
@@ -93,7 +93,7 @@ class ControlObjective(ControlledObjective):
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         super().load(device, weight_dtype)
         rounded = self.module.control_parameters()[0].dtype != weight_dtype  # the base was, and is not what is trained
-        if rounded and self.base_has_adapter(read_model_index(self.base_dir)):
+        if rounded and self.base_has_adapter(self.base_index):
             copy_adapter(load_component(self.base_dir, "transformer"), self.module)
 
     def base_has_adapter(self, index: dict[str, Any]) -> bool:
@@ -106,8 +106,7 @@ class ControlObjective(ControlledObjective):
         if not self.base_has_adapter(index):
             return
         label = ControlVocabulary.from_pretrained(base / "control_vocabulary").label
-        with torch.device("meta"):  # its config has the values that the file leaves to their defaults
-            of_base = {**CogVideoXControlTransformer3DModel.from_config(config).config, "control_label": label}
+        of_base = {**config, "control_label": label}
         for name, value in {**self.adapter_config(), "control_label": self.settings.control_label}.items():
             if value != of_base[name]:
                 raise SettingError(name, f"is {value!r}; {base} was trained with {of_base[name]!r}")
@@ -148,7 +147,7 @@ class ControlObjective(ControlledObjective):
         }
 
     def load_vocabulary(self) -> ControlVocabulary:
-        if self.base_has_adapter(read_model_index(self.base_dir)):
+        if self.base_has_adapter(self.base_index):
             return super().load_vocabulary()
         vocabulary = self.make_vocabulary()
         vocabulary.label = self.settings.control_label

@@ -9,7 +9,7 @@ from stage2.training.control import ControlSettings
 args = ControlSettings()
 
 # --- model and output
-args.pretrained_model_name_or_path = "../../outputs/miniworld/stage1_fused"  # str: to start from; or an earlier stage 2
+args.pretrained_model_name_or_path = "../../outputs/miniworld/stage1_fused"  # str: directory, or an earlier stage 2
 args.output_dir = "../../outputs/miniworld/stage2"  # str: checkpoints, logs, sample videos, and the result
 
 # --- data
