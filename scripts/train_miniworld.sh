@@ -9,7 +9,7 @@
 #   ROLLOUT_STEPS=4000 BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding)
 #   GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
-# On one H200 a step takes 18 ms for the base, 16, 31, 28 and 43 ms in stages 1 to 4, and 54 or more in self-rollout: 39
+# On one H200 a step takes 18 ms for the base, 16, 31, 28 and 43 ms in stages 1 to 4, and 64 in self-rollout: 39
 # minutes of training by these times, and nine of the VAE, beside drawing and encoding. As a whole it has run on CPUs
 # alone.
 set -euo pipefail
