@@ -8,17 +8,20 @@
 #   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=18000 STAGE3_STEPS=20700 STAGE4_STEPS=6000
 #   ROLLOUT_STEPS=4000 BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding)
 #   GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
-# BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE.
+# BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE; both are relative to
+# where the script is called, as OUTPUT_DIR is if given.
 # On one H200 a step takes 18 ms for the base, 16, 31, 28 and 43 ms in stages 1 to 4, and 64 in self-rollout: 39
 # minutes of training by these times, and nine of the VAE, beside drawing and encoding. As a whole it has run on CPUs
 # alone.
 set -euo pipefail
+from_here() { [[ -z $1 ]] || realpath -m -- "$1"; }
+out=$(from_here "${1:-}") BASE=$(from_here "${BASE:-}") VAE=$(from_here "${VAE:-}")
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 need_environment
 trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
 
-out=${1:-outputs/miniworld_gpu}
+: "${out:=outputs/miniworld_gpu}"
 world=$out/world
 : "${CLIPS:=3000}" "${VAE_STEPS:=4000}" "${BASE_STEPS:=30000}" "${BATCH_SIZE:=64}" "${PROCESSES:=8}"
 : "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=18000}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
@@ -35,11 +38,11 @@ draw() { # ARGUMENT...
 draw --num_clips "$CLIPS" --seed 0
 draw --num_clips 16 --seed 1 --index_name heldout.json
 
-if [[ -z ${BASE:-} ]]; then
+if [[ -z $BASE ]]; then
     BASE=$out/base
     draw --num_clips "$CLIPS" --seed 5 --index_name broad.json --world broad
     vae=(--vae_steps "$VAE_STEPS")
-    [[ -z ${VAE:-} ]] || vae=(--init_vae "$VAE" --vae_minutes 0)
+    [[ -z $VAE ]] || vae=(--init_vae "$VAE" --vae_minutes 0)
     # The transformer knows the broad world only; stage 1 teaches it the game. Positions and noise schedule are 5B's.
     python -m data.miniworld.make_base --data_root "$world" --index_file "$world/broad.json" \
         --vae_index_file "$world/index.json" --output_dir "$BASE" "${vae[@]}" --vae_image_share 0.25 \
@@ -92,5 +95,5 @@ CONFIG=miniworld_self_rollout_config NAME=stage4_rollout stage 4 "$ROLLOUT_STEPS
     --lr_scheduler constant_with_warmup --lr_warmup_steps 100
 
 echo "done; pack what is to be shipped:"
-echo "  python -m data.miniworld.pack_weights --output_dir data/miniworld/weights base=$BASE \\"
+echo "  python -m data.miniworld.pack_weights --output_dir $out/weights base=$BASE \\"
 echo "    stage1=$out/stage1 stage2=$out/stage2 stage3=$out/stage3 stage4=$out/stage4_rollout"

@@ -94,7 +94,7 @@ def _json_rows(path: Path) -> list[tuple[int, Any]]:
 
 def _jsonl_rows(path: Path) -> list[tuple[int, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
@@ -105,17 +105,23 @@ def _jsonl_rows(path: Path) -> list[tuple[int, Any]]:
 
 def _csv_rows(path: Path) -> list[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        csv.field_size_limit(2**31 - 1)  # a label of an hour is longer than the module's default
+        reader = csv.DictReader(file, strict=True)  # else a quote that is not closed takes all clips behind it in
         columns = reader.fieldnames or []
         missing = {"file_name", "caption"} - set(columns)
         if missing:
             listed = ", ".join(columns) or "none"
             raise UserError(f"{path}: column {' and '.join(sorted(missing))} is missing; its columns are {listed}")
-        rows = []
-        for entry, row in enumerate(reader, start=1):
-            if None in row:
-                raise UserError(f"{path}: entry {entry} has more fields than columns; quote a caption that has commas")
-            rows.append((entry, {name: value for name, value in row.items() if value not in (None, "")}))
+        rows: list[tuple[int, Any]] = []
+        try:
+            for entry, row in enumerate(reader, start=1):
+                if None in row:
+                    what = "has more fields than columns; quote a caption that has commas"
+                    raise UserError(f"{path}: entry {entry} {what}")
+                rows.append((entry, {name: value for name, value in row.items() if value not in (None, "")}))
+        except csv.Error as error:
+            what = "close every quote, and double one that stands inside"
+            raise UserError(f"{path}: entry {len(rows) + 1} is not CSV: {error}; {what}") from error
         return rows
 
 
@@ -123,7 +129,7 @@ def _text_rows(path: Path) -> list[tuple[int, Any]]:
     if path.name != "prompts.txt":
         raise UserError(f"index_file: {path}: name the prompts.txt that lies beside videos.txt")
     prompts, videos = (
-        file.read_text(encoding="utf-8-sig").rstrip().splitlines() for file in (path, path.with_name("videos.txt"))
+        file.read_text(encoding="utf-8-sig").rstrip().split("\n") for file in (path, path.with_name("videos.txt"))
     )
     if len(prompts) != len(videos):
         raise UserError(f"{path}: {len(prompts)} prompts for {len(videos)} videos; line k of both files is one clip")

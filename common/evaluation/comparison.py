@@ -73,7 +73,7 @@ def _row(found: _Parts, name: str, kind: str, num_signals: int) -> dict[str, Any
             about = {"seeds": list(parts), "scenes": {n: v for n, v in _settings(parts).items() if n in SCENE_SETTINGS}}
             measures.setdefault(measure, {})[variant] = summary | about
     settings = {n: v for n, v in mine[0].settings.items() if n not in SCENE_SETTINGS}
-    # Control comes first: its videos are made with the model's own W. The fastest seed was disturbed least.
+    # The fastest seed was disturbed least.
     timed = [part.about for part in mine if "seconds_per_frame" in part.about]
     timed = [about for about in timed if about["forwards_per_frames"] == timed[0]["forwards_per_frames"]]
     speed = min(timed, key=lambda about: about["seconds_per_frame"], default=None)

@@ -84,11 +84,11 @@ class Driver:
         socket: a websockets connection.
         control: one signal a raw frame; None watches a replay.
         command: the message that starts the stream, of type reset or replay.
-        num_frames: after which the drive is over.
+        frames: numbers of the stream's frames that are written; the drive is over with the last.
     """
 
-    def __init__(self, socket, control: list[str] | None, command: dict, num_frames: int, output: Path):
-        self.socket, self.control, self.command, self.num_frames = socket, control, command, num_frames
+    def __init__(self, socket, control: list[str] | None, command: dict, frames: range, output: Path):
+        self.socket, self.control, self.command, self.frames = socket, control, command, frames
         self.output = output
         self.welcome: dict = {}
         self.status: dict = {}
@@ -118,7 +118,7 @@ class Driver:
                 await self._hold(self.control[0])
             self.started = time.perf_counter()
             await self.send(**self.command)
-            while not self.arrivals or self.arrivals[-1][0] < self.num_frames - 1:
+            while not self.arrivals or self.arrivals[-1][0] < self.frames[-1]:
                 await self._receive()
                 if self.status.get("state") == "error":
                     raise UserError(f"the world has stopped: {self.status['message']}")
@@ -186,7 +186,7 @@ class Driver:
             return
         if self._stream is not None and header.stream <= self._stream:
             return  # still of the old stream
-        if header.number >= self.num_frames:
+        if header.number not in self.frames:
             return
         if self._sink is None:
             self._sink = VideoSink(self.output, self.welcome["fps"])
@@ -194,7 +194,7 @@ class Driver:
         self.arrivals.append((header.number, now))
         for signal_id in [known for known in self._asked if known <= header.signal_id]:
             self.key_to_frame.append(1000 * (now - self._asked.pop(signal_id)))
-        if self.control and header.number + 1 < self.num_frames:
+        if self.control and header.number + 1 in self.frames:
             await self._hold(self.control[header.number + 1])
 
     def figures(self) -> dict:
@@ -211,7 +211,7 @@ class Driver:
             **{name: self.welcome[name] for name in ("width", "height")},
             **{name: self.status[name] for name in ("seed", "prompt")},
             "frames": len(times),
-            "missing_frames": self.arrivals[-1][0] + 1 - len(times),
+            "missing_frames": self.arrivals[-1][0] + 1 - self.frames.start - len(times),
             "seconds": round(seconds, 3),
             "fps": round((len(times) - 1) / seconds, 3) if seconds else 0.0,
             "start_ms": round(1000 * (times[0] - self.started), 1),
@@ -228,11 +228,11 @@ async def run(args: argparse.Namespace) -> dict:
     from websockets.asyncio.client import connect
     from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
-    control, command, num_frames = what_to_drive(args)
+    control, command, frames = what_to_drive(args)
     address = socket_address(args.url, args.token)
     try:
         async with connect(address, compression=None, max_size=2**24, proxy=None, close_timeout=1) as socket:
-            driver = Driver(socket, control, command, num_frames, args.output)
+            driver = Driver(socket, control, command, frames, args.output)
             await driver.drive(args.patience)
             return driver.figures()
     except ConnectionClosed as error:
@@ -242,12 +242,18 @@ async def run(args: argparse.Namespace) -> dict:
         raise UserError(f"--url {args.url}: cannot connect ({one_line(error)[:150]})") from error
 
 
-def what_to_drive(args: argparse.Namespace) -> tuple[list[str] | None, dict, int]:
-    """(one signal a frame, the message that starts the stream, frames to receive)."""
+def what_to_drive(args: argparse.Namespace) -> tuple[list[str] | None, dict, range]:
+    """(one signal a frame, the message that starts the stream, which of its frames to write).
+
+    A replayed stream begins where the recorded one began, which may be long before the recording.
+    """
     if args.replay:
         try:
             log = json.loads(args.replay.read_text(encoding="utf-8"))
-            return None, {"type": "replay", "log": log}, int(log["first_frame"]) + int(log["frames"])
+            first, count = int(log["first_frame"]), int(log["frames"])
+            if first < 0 or count < 1:
+                raise ValueError(f"it has {count} frames from {first} on")
+            return None, {"type": "replay", "log": log}, range(first, first + count)
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = "Record on the page downloads one; the client's own file beside its mp4 is none"
             raise UserError(
@@ -256,7 +262,7 @@ def what_to_drive(args: argparse.Namespace) -> tuple[list[str] | None, dict, int
     given = args.control_file
     control = read_control_file(given) if given else parse_control_string(args.control, where="--control")
     command = {"type": "reset", "prompt": args.prompt, "seed": args.seed, "start": args.start}
-    return control, {name: value for name, value in command.items() if value is not None}, len(control)
+    return control, {name: value for name, value in command.items() if value is not None}, range(len(control))
 
 
 def main() -> None:

@@ -172,7 +172,8 @@ class Evaluation:
         values = latency_values(frames, scenes)
         values["live"] = control_values(frames[:, LEAD_IN:], signals)
         values["ahead"] = control_values(torch.cat(ahead).to(self.device)[:, LEAD_IN:], signals)
-        self._save(key, "model", settings, values, model.about(width))
+        about = model.about(width) if width == plan.frames_per_group[0] else {}  # a report tells the speed at its own W
+        self._save(key, "model", settings, values, about)
 
     # ---- drift -------------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,9 @@ class Arm:
     evaluate: str = ""
 
 
+_LORA_LAYERS = (
+    "--lora_target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 norm1.linear norm2.linear"  # of every block
+)
 _GUIDANCE = {
     "guidance on nothing": Arm(evaluate="--guidance_scale 1 --control_guidance_scale 1"),
     "guidance on text, 3": Arm(evaluate="--guidance_scale 3 --control_guidance_scale 1"),
@@ -53,10 +56,7 @@ ARMS: dict[int, dict[str, Arm]] = {
     2: {
         DEFAULT: Arm(),
         "one control token a frame": Arm("--control_tokens_per_frame 1"),
-        "LoRA beside the adapter": Arm(
-            "--rank 32 --lora_alpha 32 --lora_target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 "
-            "norm1.linear norm2.linear"
-        ),
+        "LoRA beside the adapter": Arm(f"--rank 32 --lora_alpha 32 {_LORA_LAYERS}"),
         "without positions": Arm("--control_temporal_position False"),
         "label of the last raw frame": Arm("--control_label last"),
         "token_causal": Arm("--control_attention token_causal --control_temporal_position False"),
@@ -93,6 +93,8 @@ ARMS: dict[int, dict[str, Arm]] = {
         "continuous offsets": Arm("--continuous_offsets True"),
         "20 solver steps": Arm("--num_solver_steps 20"),
         "2 phases per group": Arm("--phases_per_group 2"),
+        # The factors need a larger rate than whole matrices.
+        "LoRA student": Arm(f"--rank 64 --lora_alpha 64 {_LORA_LAYERS} --learning_rate 1e-3"),
         "offset noise .2": Arm("--offset_noise 0.2"),
     },
 }

@@ -81,6 +81,10 @@ def pack(args: argparse.Namespace) -> int:
     for word in args.pipelines:
         name, _, source = word.partition("=")
         target = args.output_dir / name
+        if Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{word}: give NAME=DIRECTORY, with a plain NAME")
+        if source and Path(source).resolve().is_relative_to(target.resolve()):
+            raise UserError(f"{word}: would be written over itself; choose another --output_dir")
         if source and (Path(source) / LORA_NAME).is_file():
             target.mkdir(parents=True, exist_ok=True)
             pack_file(Path(source) / LORA_NAME, target / LORA_NAME)

@@ -67,6 +67,27 @@ def test_csv_may_carry_labels(root):
     assert record.control == ["D", "DL"] and record.valid_frame_idx == 3
 
 
+def test_an_hour_of_labels_fits_in_a_csv_field(root):
+    (root / "m.csv").write_text('file_name,caption,control_signal_seq\na.mp4,Car,"' + ",".join(["DL"] * 57600) + '"\n')
+    (record,) = read_index(root / "m.csv", root, True)
+    assert len(record.control) == 57600
+
+
+def test_a_quote_that_is_not_closed_is_refused_where_it_stands(root):
+    (root / "m.csv").write_text('file_name,caption\na.mp4,Grey.\nb.mp4,"A red car\nc.mp4,A blue car\n')
+    assert "m.csv: entry 2 is not CSV" in refusal(root / "m.csv", root)
+
+
+def test_unicode_line_separators_are_part_of_a_caption(root):
+    caption = "Snow\u2028and\u0085ice."
+    (root / "metadata.jsonl").write_text(json.dumps(A | {"caption": caption}, ensure_ascii=False) + "\n")
+    (root / "prompts.txt").write_text(caption + "\r\n")
+    (root / "videos.txt").write_text("a.mp4\r\n")
+    for file in ("metadata.jsonl", "prompts.txt"):
+        (record,) = read_index(root / file, root, False)
+        assert record.caption == caption
+
+
 def test_a_byte_order_mark_does_no_harm(root):
     (root / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,caption\na.mp4,Car\n")
     assert len(read_index(root / "metadata.csv", root, False)) == 1

@@ -4,6 +4,7 @@ import json
 import threading
 
 import decord
+import numpy as np
 import pytest
 
 from common.serving import client
@@ -46,6 +47,12 @@ def test_a_replay_and_a_control_file(serve, run_client, tmp_path):
     (tmp_path / "log.json").write_text(log)
     video, replayed = run_client(server, "--replay", tmp_path / "log.json", output="again.mp4")
     assert len(video) == 17 and replayed["seed"] == figures["seed"]
+    # A recording that began with frame 6: the stream begins anew, the video with that frame.
+    (tmp_path / "log.json").write_text(server.room.engine._history.log(5, 6, 11).model_dump_json())
+    part, replayed = run_client(server, "--replay", tmp_path / "log.json", output="part.mp4")
+    assert len(part) == 11 == replayed["frames"] and replayed["missing_frames"] == 0
+    difference = [np.abs(part[0].asnumpy().astype(int) - video[n].asnumpy()).mean() for n in (0, 6)]
+    assert difference[1] < difference[0]
 
 
 def test_it_waits_for_the_wheel_and_for_a_model_that_loads(serve, run_client, refused, tmp_path, tiny_world_model):
@@ -66,6 +73,8 @@ def test_what_goes_wrong_is_one_line(serve, refused, tmp_path):
     assert "reset.start: unknown" in refused(client.main, *drive, "--start", "beach")
     assert "unknown control token 'UP'" in refused(client.main, *words, "--control", "UP*8")
     assert "is no control log" in refused(client.main, *words, "--replay", tmp_path / "none.json")
+    (tmp_path / "empty.json").write_text('{"first_frame": 3, "frames": 0}')
+    assert "is no control log" in refused(client.main, *words, "--replay", tmp_path / "empty.json")
     assert "write for example ws://" in refused(client.main, *drive, "--url", "ftp://x")
     assert "cannot connect" in refused(client.main, *drive, "--url", "ws://127.0.0.1:1")
     assert "one of the arguments" in refused(client.main, *words)

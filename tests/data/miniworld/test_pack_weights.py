@@ -56,8 +56,13 @@ def test_a_lora_keeps_its_rank_and_alpha(tmp_path):
 
 
 def test_what_is_no_pipeline_or_too_large_is_refused(tiny_base, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="NAME=DIRECTORY"):
-        packed(tmp_path, str(tiny_base))
+    for word in (str(tiny_base), f"={tiny_base}", f"../base={tiny_base}"):
+        with pytest.raises(UserError, match="NAME=DIRECTORY"):
+            packed(tmp_path, word)
+    source = shutil.copytree(tiny_base, tmp_path / "base")
+    with pytest.raises(UserError, match="over itself"):
+        packed(tmp_path, f"base={source}")
+    CogVideoXPipeline.from_pretrained(source)  # is as it was
     monkeypatch.setattr(pack_weights, "LARGEST_FILE", 1000)
     with pytest.raises(UserError, match="are shipped"):
         packed(tmp_path, f"base={tiny_base}")
