@@ -4,11 +4,6 @@ import errno
 import sys
 from collections.abc import Callable
 
-OUT_OF_MEMORY_HELP = (
-    "out of memory: lower train_batch_size, frame_buckets or height_buckets/width_buckets, turn on "
-    "gradient_checkpointing, or encode the videos once with common.tools.precompute and set latent_cache_dir"
-)
-
 MENDABLE_OS_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -40,12 +35,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def run_cli(main: Callable[[], int | None], memory_help: str = OUT_OF_MEMORY_HELP) -> None:
+def run_cli(main: Callable[[], int | None], memory_help: str = "out of memory") -> None:
     """Run `main` as a program and leave Python with its exit code.
 
     `UserError` is printed to stderr as `error: …` with exit code 2, and so are the system errors that a user can
-    mend (no permission, no space, a file where a directory belongs) and running out of memory, with `memory_help`,
-    which names the settings that help. Anything else is a bug and keeps its traceback.
+    mend (no permission, no space, a file where a directory belongs) and running out of memory: `memory_help` can
+    name the settings that help. Anything else is a bug and keeps its traceback.
     """
     try:
         code = main() or 0

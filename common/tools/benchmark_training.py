@@ -41,6 +41,7 @@ from common.config.loader import load_settings
 from common.config.settings import TrainingSettings
 from common.tools.benchmark_timing import device_clock, surroundings
 from common.tools.benchmark_training_table import losses_table, summary, table
+from common.tools.train import OUT_OF_MEMORY_HELP
 from common.training.random_batches import random_batches
 from common.training.throughput import measured_product, peak_memory_gib
 from common.training.trainer import Trainer
@@ -252,4 +253,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, OUT_OF_MEMORY_HELP)

@@ -23,6 +23,10 @@ from common.config.settings import TrainingSettings
 # Seconds that the other processes wait before they say what is wrong: if the first has met the same, it says so and the
 # launcher ends them.
 FIRST_SPEAKS_FIRST = 5.0
+OUT_OF_MEMORY_HELP = (  # while models are loaded; a step that does not fit names what this run can lower
+    "out of memory: lower train_batch_size, frame_buckets or height_buckets/width_buckets, turn on "
+    "gradient_checkpointing, or encode the videos once with common.tools.precompute and set latent_cache_dir"
+)
 
 
 def main() -> None:
@@ -88,4 +92,4 @@ def print_plan(settings: TrainingSettings, num_processes: int, layout: dict[str,
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, OUT_OF_MEMORY_HELP)

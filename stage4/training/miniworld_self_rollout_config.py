@@ -2,7 +2,7 @@
 
 Command:   cd stage4 && bash train_text_to_video_scm.sh --config training/miniworld_self_rollout_config.py
 Needs:     outputs/miniworld/ as scripts/quickstart.sh makes it. On two CPU cores: two minutes for ten steps, which
-           show the machinery; the shipped weights took 3918 steps of 32 samples, 54 ms each on an H200.
+           show the machinery; the recipe of the shipped weights is in data/miniworld/weights/README.md.
 """
 
 from stage4.training.self_rollout_settings import SelfRolloutSettings

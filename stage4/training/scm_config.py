@@ -7,7 +7,7 @@ Hardware:  student and its EMA in float32, the teacher in bf16, up to three teac
            --optimizer adamw_8bit --rank 128: all three share one base in bf16.
 Expect:    `validation/loss` is the distance of one jump from the teacher's ten guided steps; it falls fast at first.
            The sample videos take four forwards to begin with and one for every further half second.
-Next:      python stage4/inference.py --model_path outputs/stage4 --control "D*160" --output drive.mp4
+Next:      python stage4/inference.py --model_path outputs/stage4 --prompt "…" --control "D*160" --output drive.mp4
 """
 
 from stage4.training.scm_settings import SCMSettings

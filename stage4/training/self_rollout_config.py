@@ -9,7 +9,8 @@ Hardware:  student and critic with their moments, the student's average in float
            clips whose first latent is of four frames.
 Expect:    `score_gap` falls as what streams look like comes nearer to what the teacher knows; `validation/loss`, the
            distance from the teacher's own path, may rise a little.
-Next:      python stage4/inference.py --model_path outputs/stage4_rollout --control "D*160" --output drive.mp4
+Next:      python stage4/inference.py --model_path outputs/stage4_rollout --prompt "…" --control "D*160" \\
+               --output drive.mp4
 """
 
 from stage4.training.self_rollout_settings import SelfRolloutSettings
