@@ -13,6 +13,7 @@ arXiv 2405.18407; The Matrix, arXiv 2412.03568, section 3.4, which names the sta
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ class SCMObjective(StreamingObjective):
         error = self._consistency_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
         learnt = (~is_condition).float()
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
+
+    def control_embeds(self, batch: EncodedBatch, rng: SampleRandom) -> Tensor:
+        """As in stage 3, but some samples' frames are all told one signal drawn anew, the condition its own.
+
+        So it is when a key is pressed: the frames in noise have begun under another signal. What the student learns for
+        it is where its teacher, told the same, goes from there; the footage is nobody's target.
+        """
+        if self.settings.key_press_share:
+            is_pressed = rng.bernoulli(self.settings.key_press_share).to(self.device)[:, None, None]  # [B,1,1]
+            signal = rng.randint(0, len(self.vocabulary.names)).to(self.device)[:, None, None]
+            footage = batch.control_indices
+            told = torch.cat([footage[:, :1], torch.where(is_pressed, signal, footage[:, 1:])], dim=1)
+            batch = replace(batch, control_indices=told)
+        return super().control_embeds(batch, rng)
 
     def _sample_timesteps(self, num_frames: int, rng: SampleRandom) -> tuple[Tensor, Tensor]:
         """Timesteps and which of them are conditions, both [B,F].

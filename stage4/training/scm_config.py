@@ -41,6 +41,7 @@ args.phases_per_group = 1  # int: forwards per window shift of the distilled mod
 args.num_solver_steps = 40  # int: the teacher's grid: 1000/40 timesteps a step
 args.teacher_guidance_scale = 6.0  # float: the teacher's guidance on text, which the student learns; 1 for none
 args.teacher_control_guidance_scale = 3.0  # float: the teacher's guidance on control; 1 for none
+args.key_press_share = 0.0  # float: share of samples told another signal for all frames in noise, as at a key press
 args.huber_c = 0.01  # float: pseudo-Huber loss: quadratic below, linear above
 args.ema_decay = 0.95  # float: decay per step of the target's weights, which are also the result
 args.rank = 0  # int: 0 trains a whole copy of the model, more a LoRA of that rank over one base for all three roles

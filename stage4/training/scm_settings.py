@@ -20,6 +20,8 @@ class SCMSettings(SettingsWithLora, StreamingSettings):
     teacher_control_guidance_scale: float = 3.0  # the teacher's guidance on control; 1 for none
     guidance_range: list[float] = field(default_factory=list)  # [low, high] to draw one scale for both from, instead
     cond_proj_dim: int | None = None  # width of the embedding that tells the student the guidance drawn
+    key_press_share: float = 0.0  # share of samples told another signal than the footage's for all frames in noise:
+    # what a player does to frames that are half made, and footage never shows
     huber_c: float = 0.01  # pseudo-Huber: quadratic below, linear above
     ema_decay: float = 0.95  # decay per step of the target's weights, which are also what is exported
 
@@ -45,6 +47,8 @@ class SCMSettings(SettingsWithLora, StreamingSettings):
             )
         if not 0 <= self.ema_decay < 1:
             raise SettingError("ema_decay", f"must be at least 0 and less than 1, got {self.ema_decay}")
+        if not 0 <= self.key_press_share <= 1:
+            raise SettingError("key_press_share", f"must lie between 0 and 1, got {self.key_press_share}")
         if self.huber_c <= 0:
             raise SettingError("huber_c", f"must be more than 0, got {self.huber_c}")
         if bool(self.guidance_range) != (self.cond_proj_dim is not None):

@@ -31,6 +31,7 @@ class SelfRolloutSettings(SCMSettings):
         super().validate()
         distillation = "is for distillation, which this is not"
         self.refuse_changed(distillation, "huber_c", "continuous_offsets", "uniform_timestep_share", "control_dropout")
+        self.refuse_changed("is for distillation; of streams live_share are", "key_press_share")
         self.refuse_changed("is for distillation; here students are whole, of fixed guidance", "rank", "cond_proj_dim")
         if self.optimizer == "muon":
             raise SettingError("optimizer", "is 'muon'; self-rollout, with two rates, needs 'adamw' or 'adamw_8bit'")

@@ -140,6 +140,36 @@ def test_offset_noise_is_one_smooth_picture_in_all_frames_and_not_in_the_target(
     assert picture.std() > 0.05 and (line[:, :, 1:] - line[:, :, :-1]).std() < 0.7 * 2**0.5 * picture.std()
 
 
+def test_a_pressed_key_is_told_for_all_frames_in_noise_to_teacher_and_student(tiny_models, batch, monkeypatch):
+    objective = load(4, tiny_models / "stage3")
+    told = []
+
+    def predict(module, noisy, timesteps, prompt_embeds, control_embeds, **more):
+        told.append(control_embeds)
+        return knows(objective, batch.latents)(module, noisy, timesteps, prompt_embeds, control_embeds)
+
+    monkeypatch.setattr(objective, "predict", predict)
+    footage = objective.vocabulary.frame_rows(batch.control_indices)
+    signals = set()
+    for step in range(10):
+        objective.settings.key_press_share = 0.5
+        told.clear()
+        assert objective.loss(batch, SampleRandom(0, step, range(B)))[0] < 1e-6  # the key moves no other draw's answer
+        free, guided, target, student = told
+        assert torch.equal(guided, target) and torch.equal(guided, student) and not free.any()
+        assert torch.equal(student[:, 0], footage[:, 0])
+        for sample, own in zip(student[:, 1:], footage[:, 1:], strict=True):
+            if not torch.equal(sample, own):
+                assert (sample == sample[0]).all()
+                signals.add(tuple(sample[0].tolist()))
+    rows = objective.vocabulary.embed(torch.arange(len(CONTROL_TOKENS)))
+    assert signals <= {tuple(row.tolist()) for row in rows} and len(signals) == len(CONTROL_TOKENS)
+    objective.settings.key_press_share = 0.0
+    told.clear()
+    objective.loss(batch, SampleRandom(0, 0, range(B)))
+    assert torch.equal(told[-1], footage)
+
+
 def test_stage3_tells_the_model_rising_noise_behind_a_clean_frame(tiny_models, batch, monkeypatch):
     objective = load(3, tiny_models / "stage2", "--uniform_timestep_share", "0")
     seen = {}
