@@ -170,17 +170,20 @@ class StreamingObjective(ControlledObjective):
             return batch.latents.shape[1]
         return lengths[-1 if rng is None else rng.shared_randint(0, len(lengths))]
 
-    def cut_window(self, batch: EncodedBatch, rng: SampleRandom | None) -> EncodedBatch:
-        """A window from each clip at a random offset, all of one length; without `rng` the longest from each start.
+    def cut_window(self, batch: EncodedBatch, rng: SampleRandom | None, begins: Tensor | None = None) -> EncodedBatch:
+        """A window from each clip at a random offset, all of one length; without `rng` the longest from each middle.
 
-        Behind an offset the condition is an ordinary latent of four frames, as it is while streaming.
+        Behind an offset the condition is an ordinary latent of four frames, as it is while streaming. Where `begins`
+        (bool [B]) is set the window begins its clip, by the VAE's latent of one frame, as a stream does.
         """
         if not self.settings.window_frames:
             return batch
         length = self.window_length(batch, rng)
         last = batch.latents.shape[1] - length
         rows = torch.arange(len(batch), device=self.device)[:, None]  # [B,1]
-        offsets = torch.zeros_like(rows) if rng is None else rng.randint(0, last + 1)[:, None]
+        offsets = torch.full_like(rows, last // 2) if rng is None else rng.randint(0, last + 1)[:, None]
+        if begins is not None:
+            offsets = torch.where(begins[:, None], 0, offsets)
         frames = offsets + torch.arange(length, device=self.device)  # [B,F]
         return EncodedBatch(
             batch.latents[rows, frames], batch.prompt_embeds, batch.control_indices[rows, frames], batch.sample_ids

@@ -67,17 +67,17 @@ class SwinDPMObjective(StreamingObjective):
         return vocabulary
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.cut_window(batch, rng)
+        # Some samples have one timestep for all frames and no condition, so that the same weights can start a stream
+        # from text alone. Half of them begin a clip, as a stream does; the others are what self-rollout's teacher sees.
+        is_uniform = rng.bernoulli(self.settings.uniform_timestep_share)  # [B]
+        batch = self.cut_window(batch, rng, is_uniform & rng.bernoulli(0.5))
         num_frames = batch.latents.shape[1]
         num_groups = self.settings.num_noise_groups
         offset = rng.randint(0, self.num_train_timesteps // num_groups)  # [B]
         groups = group_timesteps(offset, num_frames, num_groups, self.num_train_timesteps)  # [B,F], frame 0 at 0
-        # Some samples have one timestep for all frames and no condition, so that the same weights can start a
-        # stream from text alone.
         uniform = rng.randint(0, self.num_train_timesteps)[:, None]  # [B,1]
-        is_uniform = rng.bernoulli(self.settings.uniform_timestep_share)[:, None]  # [B,1]
-        timesteps = torch.where(is_uniform, uniform, groups)
-        is_condition = ~is_uniform & (torch.arange(num_frames, device=timesteps.device) == 0)  # [B,F]
+        timesteps = torch.where(is_uniform[:, None], uniform, groups)
+        is_condition = ~is_uniform[:, None] & (torch.arange(num_frames, device=timesteps.device) == 0)  # [B,F]
 
         rows, noise = self.control_embeds(batch, rng), rng.normal(batch.latents.shape[1:])  # [B,F,C,H,W]
         seen, noise = self.offset(batch.latents, noise, is_condition, rng)
@@ -86,7 +86,7 @@ class SwinDPMObjective(StreamingObjective):
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
 
     def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
-        """At the middle of the noise range, per group and in all; windows from the clips' start."""
+        """At the middle of the noise range, per group and in all."""
         num_groups = self.settings.num_noise_groups
         batch = self.cut_window(batch, None)
         num_frames = batch.latents.shape[1]

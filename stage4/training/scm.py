@@ -90,8 +90,9 @@ class SCMObjective(StreamingObjective):
         )
 
     def loss(self, batch: EncodedBatch, rng: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.cut_window(batch, rng)
-        timesteps, is_condition = self._sample_timesteps(batch.latents.shape[1], rng)  # [B,F]
+        is_uniform = rng.bernoulli(self.settings.uniform_timestep_share)  # [B]
+        batch = self.cut_window(batch, rng, begins=is_uniform)
+        timesteps, is_condition = self._sample_timesteps(is_uniform, batch.latents.shape[1], rng)  # [B,F]
         error = self._consistency_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
         learnt = (~is_condition).float()
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
@@ -110,11 +111,11 @@ class SCMObjective(StreamingObjective):
             batch = replace(batch, control_indices=told)
         return super().control_embeds(batch, rng)
 
-    def _sample_timesteps(self, num_frames: int, rng: SampleRandom) -> tuple[Tensor, Tensor]:
+    def _sample_timesteps(self, is_uniform: Tensor, num_frames: int, rng: SampleRandom) -> tuple[Tensor, Tensor]:
         """Timesteps and which of them are conditions, both [B,F].
 
-        Group g is at g·T/G plus an offset that all groups share, the condition frame where stage 3 has it. Some samples
-        have one timestep for all frames and no condition, as where a stream starts from text.
+        Group g is at g·T/G plus an offset that all groups share, the condition frame where stage 3 has it. Samples
+        that are `is_uniform` [B] have one timestep for all frames and no condition, as where a stream starts from text.
         """
         settings, T = self.settings, self.num_train_timesteps
         G, span = settings.num_noise_groups, T // settings.num_solver_steps
@@ -125,9 +126,8 @@ class SCMObjective(StreamingObjective):
             uniform = rng.randint(1, settings.num_solver_steps + 1) * span - 1
         starts = torch.arange(G, device=offset.device) * (T // G)  # [G]
         windows = self._with_condition(offset[:, None] + starts, num_frames)
-        is_uniform = rng.bernoulli(settings.uniform_timestep_share)[:, None]  # [B,1]
-        is_condition = ~is_uniform & (torch.arange(num_frames, device=offset.device) == 0)
-        return torch.where(is_uniform, uniform[:, None], windows), is_condition
+        is_condition = ~is_uniform[:, None] & (torch.arange(num_frames, device=offset.device) == 0)
+        return torch.where(is_uniform[:, None], uniform[:, None], windows), is_condition
 
     def _with_condition(self, by_group: Tensor, num_frames: int) -> Tensor:
         """Timesteps of the groups [B,G] → of a window's frames [B,F], the condition first."""
