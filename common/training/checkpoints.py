@@ -4,7 +4,7 @@
       weights.safetensors     trained parameters and persistent buffers of the objective's module
       optimizer.safetensors   AdamW's moments
       ema.safetensors …       one file for each of the objective's checkpoint_modules
-      state.json              step, sums of the log line under way, processes × batch, base (digest), held-out clips
+      state.json              step, sums of the log line under way, processes × batch, base (digest), clips
       settings.json           the settings of the run
 
 The data's position, the learning rate and every random number are functions of the step (and of the seed), so the
@@ -13,10 +13,12 @@ renamed first. A process killed at any moment leaves whole checkpoints and `.tmp
 removes.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from torch import Tensor, nn
 
 from common.config.errors import UserError
 from common.config.files import flush_to_disk
+from common.data.dataset import clip_identity
 from common.data.fingerprint import component_digest
+from common.data.index import ClipRecord
 from common.training.optimizers import ENDLESS_SCHEDULES
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -199,6 +203,12 @@ def check_same_base(where: Path, saved: dict[str, Any], digest: str | None, sett
             f"{where} was trained from {' and '.join(settings.starting_models())}, whose transformer has changed "
             f"since; to train anew remove {settings.output_dir} or choose another output_dir"
         )
+
+
+def describe_clips(records: Sequence[ClipRecord]) -> dict[str, Any]:
+    """How many clips there are, and a hash of which and in what order: on this depends what is trained on when."""
+    identities = "\n".join(map(clip_identity, records))
+    return {"number": len(records), "digest": hashlib.blake2b(identities.encode(), digest_size=8).hexdigest()}
 
 
 def _may_differ(name: str, settings: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.config.errors import UserError
 from common.config.files import flush_to_disk
 from common.training.checkpoints import EXPORT_ONLY, base_digest, check_same_base, check_same_run
 from common.training.objective import Objective
@@ -27,6 +28,21 @@ def is_finished(output_dir: Path, settings: Any) -> bool:
     before, now = finished["settings"], settings.to_dict()
     exported_alike = all(before[name] == now[name] for name in EXPORT_ONLY if name in before and name in now)
     return finished["step"] >= settings.max_train_steps and exported_alike
+
+
+def check_result_is_kept(output_dir: Path, step: int) -> None:
+    """UserError if a run that begins at `step` would replace the result of one that went beyond.
+
+    Where that one's checkpoints are, `is_finished` and `find_checkpoint` have answered; here they were removed.
+    """
+    mark = output_dir / MARK
+    finished = json.loads(mark.read_text())["step"] if mark.is_file() else 0
+    if finished > step:
+        raise UserError(
+            f"output_dir: {output_dir} holds the result of a run of {finished} steps, but no checkpoint of its end; "
+            f"training would begin at step {step} and replace it. Restore checkpoint-{finished} to go on, choose "
+            f"another output_dir, or remove {MARK} there to train anew"
+        )
 
 
 def make_skeleton(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,25 @@ class RunLog:
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
             replace_text(self.path, "".join(line + "\n" for line in kept))
         if report_to != "none":
-            options = {"tensorboard": {"purge_step": first_step}, "wandb": {"name": output_dir.name}}
+            identity = self._wandb_identity(start_step) if report_to == "wandb" else {}
+            options = {"tensorboard": {"purge_step": first_step}, "wandb": {"name": output_dir.name, **identity}}
             name = {"tensorboard": "tensorboard", "wandb": "interactive-video-worlds"}[report_to]
             accelerator.init_trackers(name, init_kwargs={report_to: options[report_to]})
+
+    def _wandb_identity(self, start_step: int) -> dict[str, str]:
+        """Has wandb go on with the run whose id lies beside the log; what begins at step 0 is a new one.
+
+        Of steps that are done again wandb keeps the first values.
+        """
+        path = self.path.with_name("wandb_id.txt")
+        if start_step == 0 or not path.is_file():
+            replace_text(path, uuid.uuid4().hex + "\n")
+        return {"id": path.read_text().strip(), "resume": "allow"}
+
+    def has_validation(self, step: int) -> bool:
+        """True if the line of a validation at `step` is there."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return any(_step_of(line) == step and '"validation/' in line for line in lines)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         """Appends a line; None and what is not finite become null, so that every line is JSON."""

@@ -51,10 +51,10 @@ class TrainingState:
     Args:
         checkpoint: where to continue; None begins at step 0.
         held_out: names of the held-out clips.
+        training_clips: what tells the training clips from others; see `checkpoints.describe_clips`.
 
     Attributes:
         step: finished optimizer steps.
-        learning_rate: of the last of them.
         parameters: name → trained parameter.
         means, guard: what the log line under way is made of.
     """
@@ -66,10 +66,11 @@ class TrainingState:
         accelerator: Accelerator,
         checkpoint: Path | None,
         held_out: Sequence[str] = (),
+        training_clips: dict[str, Any] | None = None,
     ):
         check_layout(settings, accelerator)
         self.settings, self.objective, self.accelerator = settings, objective, accelerator
-        self.held_out = list(held_out)
+        self.held_out, self.training_clips = list(held_out), training_clips
         self.output_dir = Path(settings.output_dir)
         self.step, self.saved_step = 0, -1
         self.means, self.guard = Means(accelerator.device), FiniteGuard(accelerator.device)
@@ -112,6 +113,13 @@ class TrainingState:
                 "of others, and what was held out is trained on; validation_index_file holds out the same always",
                 *(", ".join(names[:3]) + " …" * (len(names) > 3) for names in (saved["held_out"], self.held_out)),
             )
+        before = saved.get("training_clips")
+        if self.training_clips and before and before != self.training_clips:
+            logger.warning(
+                "the training clips are not those of %s (%d then, %d now): the index has changed. From here on their "
+                "order is another one, in which this epoch may show a clip twice or not at all",
+                checkpoint, before["number"], self.training_clips["number"],
+            )  # fmt: skip
         checkpoints.check_same_base(checkpoint, saved, self.base, self.settings)
         if saved["samples_per_micro_step"] != self.samples_per_micro_step:
             raise UserError(
@@ -155,9 +163,14 @@ class TrainingState:
 
     def advance(self) -> None:
         """The step is done: it counts, and the next one has its own learning rate."""
-        self.learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
         self.step += 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last finished step, the optimizer having the next one's. It may be on the device, for which this
+        waits."""
+        return float(self.lr_scheduler.base_lrs[0] * self.lr_scheduler.lr_lambdas[0](self.step - 1))
 
     def save(self) -> None:
         """Writes checkpoint-`step` unless it is written already. All processes gather, the main one writes."""
@@ -176,6 +189,7 @@ class TrainingState:
             "samples_per_micro_step": self.samples_per_micro_step,
             "base": self.base,
             "held_out": self.held_out,
+            "training_clips": self.training_clips,
         }
         if keep:
             path = checkpoints.write_checkpoint(self.output_dir, self.step, tensors, state, self.settings)

@@ -23,12 +23,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.config.errors import UserError, is_out_of_memory
-from common.data.loader import build_train_loader, build_validation_batch
+from common.data.loader import TrainLoader, build_train_loader, build_validation_batch
 from common.training.accelerator import build_accelerator
-from common.training.checkpoints import find_checkpoint, read_state
+from common.training.checkpoints import describe_clips, find_checkpoint, read_state
 from common.training.encoding import EncodedBatch
-from common.training.export import is_finished
+from common.training.export import check_result_is_kept, is_finished
 from common.training.interruption import StopRequest
+from common.training.memory_advice import training_advice
 from common.training.metrics import RunLog
 from common.training.objective import Objective
 from common.training.random import SampleRandom, seed_everything
@@ -101,10 +102,11 @@ class Trainer:
         settings, accelerator = self.settings, self.accelerator
         # Data first: what is wrong with them is said before anything is loaded or written.
         step = 0 if checkpoint is None else read_state(checkpoint)["step"]
-        self.batches, held_out = self.read_data(step * settings.gradient_accumulation_steps)
+        check_result_is_kept(self.output_dir, step)
+        self.batches, held_out, clips = self.read_data(step * settings.gradient_accumulation_steps)
         check_writable(self.output_dir)
         held_out_ids = list(held_out["sample_ids"]) if held_out else []
-        self.state = TrainingState(settings, self.objective, accelerator, checkpoint, held_out_ids)
+        self.state = TrainingState(settings, self.objective, accelerator, checkpoint, held_out_ids, clips)
         if settings.cuda_graph:
             self.step_graph = StepGraph(self.micro_step, accelerator.device)
         self.log = RunLog(self.output_dir, self.state.step, settings.report_to, accelerator)
@@ -113,8 +115,10 @@ class Trainer:
         self.flops_by_shape: dict[tuple[int, ...], float | None] = {}
         self.validator = Validator(settings, self.objective, accelerator, self.log, held_out, control)
 
-    def read_data(self, start_micro_step: int) -> tuple[Iterator[dict[str, Any]], dict[str, Any] | None]:
-        """Training batches, of which the first is read now, and the held-out batch."""
+    def read_data(
+        self, start_micro_step: int
+    ) -> tuple[Iterator[dict[str, Any]], dict[str, Any] | None, dict[str, Any] | None]:
+        """Training batches, of which the first is read now, the held-out batch, and which the training clips are."""
         settings, needs_control = self.settings, self.objective.needs_control
         loader = self.build_loader(
             settings,
@@ -124,14 +128,16 @@ class Trainer:
             start_step=start_micro_step,
         )
         held_out = self.build_held_out(settings, needs_control=needs_control) if settings.validation_steps else None
+        clips = describe_clips(loader.dataset.dataset.records) if isinstance(loader, TrainLoader) else None
         batches = iter(loader)
-        return chain([next(batches)], batches), held_out
+        return chain([next(batches)], batches), held_out, clips
 
     def loop(self, stop: StopRequest) -> bool:
-        """Steps, and once in a while a log line, a checkpoint, a validation. False if asked to stop before the end."""
+        """Steps, and once in a while a log line, a checkpoint, a validation. False if asked to stop."""
         settings, state, last = self.settings, self.state, self.settings.max_train_steps
-        if state.step == 0 and settings.validation_steps:
-            self.validator.run(0, videos=False)  # where the curve begins
+        # Where the curve begins, or what was due when the run was stopped.
+        if self.is_time_for(settings.validation_steps) and not self.validator.is_done(state.step):
+            self.validator.run(state.step, videos=state.step > 0)
         progress = tqdm(
             initial=state.step, total=last, desc="train", unit="step", dynamic_ncols=True,
             disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
@@ -153,12 +159,12 @@ class Trainer:
                 # The checkpoint comes first: whatever goes wrong in validation costs no training.
                 if stopping or self.is_time_for(settings.checkpointing_steps):
                     state.save()
-                if not stopping and self.is_time_for(settings.validation_steps):
+                if stopping:
+                    return False  # what else is due here, the next run does
+                if self.is_time_for(settings.validation_steps):
                     self.validator.run(state.step)
                 self.clock.resume()
-                if stopping:
-                    break
-        return state.step >= last  # more, where a run is asked to end earlier than it already is
+        return True
 
     def is_time_for(self, *intervals: int) -> bool:
         """True at multiples of an interval of more than 0 steps, and at the end."""
@@ -249,20 +255,7 @@ class Trainer:
             torch.cuda.synchronize(self.accelerator.device)
 
     def out_of_memory_advice(self) -> str:
-        s = self.settings
-        hints = [f"lower train_batch_size (now {s.train_batch_size})"] if s.train_batch_size > 1 else []
-        hints += [] if s.gradient_checkpointing is True else ["set gradient_checkpointing = True"]
-        hints += [] if s.optimizer == "adamw_8bit" else ["train anew with optimizer = 'adamw_8bit'"]
-        hints += (
-            [] if s.latent_cache_dir else ["encode the videos once (common.tools.precompute), set latent_cache_dir"]
-        )
-        hints += [
-            f"use fewer frames or smaller sizes (frame_buckets {s.frame_buckets}, height_buckets {s.height_buckets}, "
-            f"width_buckets {s.width_buckets})",
-            "share the model among GPUs (ACCELERATE_CONFIG_FILE=scripts/accelerate/fsdp2.yaml)",
-        ]
-        shape = f" on latents {list(self.batch_shape)} [B,F,C,H,W]" if self.batch_shape else ""
-        return f"out of memory{shape}: {'; '.join(hints)}"
+        return training_advice(self.settings, self.batch_shape, self.accelerator.is_fsdp2)
 
 
 def mean_of_dicts(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

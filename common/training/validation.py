@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 
+from common.config.errors import UserError, is_out_of_memory
 from common.data.video_writer import write_video
 from common.training.encoding import EncodedBatch
+from common.training.memory_advice import validation_advice
 from common.training.metrics import RunLog
 from common.training.objective import Objective
 from common.training.random import SampleRandom
@@ -57,7 +60,7 @@ class Validator:
 
     def run(self, step: int, videos: bool = True) -> dict[str, float]:
         """Held-out metrics, which also go to the log as validation/…; then one video for each validation prompt."""
-        with self._evaluating():
+        with self._evaluating(step, videos):
             metrics = self._held_out_metrics()
             if metrics:
                 self.log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
@@ -69,12 +72,24 @@ class Validator:
                     self._show(step, i, prompt, frames)
         return metrics
 
+    def is_done(self, step: int) -> bool:
+        """True if a validation at `step` is in the log, or without held-out clips on disk. All processes call it."""
+        if self.parts:
+            is_there = self.log.has_validation(step)
+        else:
+            is_there = self._video(step, len(self.settings.validation_prompts) - 1).exists()
+        return gather_object([is_there])[0]  # as the main process sees it, which writes
+
     @contextmanager
-    def _evaluating(self):
+    def _evaluating(self, step: int, videos: bool):
         self.objective.module.eval()
         try:
             with torch.no_grad():
                 yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise UserError(validation_advice(self.settings, step, videos)) from error
+            raise
         finally:
             self.objective.module.train()
 
@@ -95,9 +110,12 @@ class Validator:
             first_slot += size
         return dict(sums)
 
+    def _video(self, step: int, index: int) -> Path:
+        return Path(self.settings.output_dir) / "validation" / f"step-{step}-{index}.mp4"
+
     def _show(self, step: int, index: int, prompt: str, frames: np.ndarray) -> None:
         """Writes the video, and beside it the JSON from which common.tools.contact_sheet draws its signals."""
-        path = Path(self.settings.output_dir) / "validation" / f"step-{step}-{index}.mp4"
+        path = self._video(step, index)
         write_video(path, frames, self.settings.fps)
         control = None if self.control is None else ",".join(self.control)
         about = {"prompt": prompt, "control": control, "seed": VALIDATION_SEED + index, "step": step}

@@ -135,6 +135,12 @@ class SCMObjective(StreamingObjective):
         condition = torch.full_like(frames[:, :1], self.scheduler.config.condition_timestep)
         return torch.cat([condition, frames], dim=1)
 
+    def _window_top(self, step: int, num_frames: int) -> Tensor:
+        """A window's timesteps [1,F] at the top of every group's phase number `step`, the condition first."""
+        G, m = self.settings.num_noise_groups, self.settings.phases_per_group
+        phases = torch.arange(G, device=self.device) * m + m - step  # of them end there
+        return self._with_condition(phases[None] * (self.num_train_timesteps // (G * m)) - 1, num_frames)
+
     def _consistency_error(
         self, batch: EncodedBatch, timesteps: Tensor, is_condition: Tensor, control_embeds: Tensor, rng: SampleRandom
     ) -> Tensor:
@@ -206,26 +212,30 @@ class SCMObjective(StreamingObjective):
         return predict_x0(noisy, velocity, timesteps, self.alphas)
 
     def validation_loss(self, batch: EncodedBatch, rng: SampleRandom) -> dict[str, Tensor]:
-        """How far the student's jump from the top of every phase lands from where the teacher's K/P solver steps lead.
+        """How far the student's jump from the top of every phase lands from where the teacher's K/P solver steps lead;
+        of a group, the mean over its phases.
 
         Unlike the training loss, whose target moves along, this is a distance to something fixed.
         """
         batch = self.cut_window(batch, None)
-        num_frames, T, G = batch.latents.shape[1], self.num_train_timesteps, self.settings.num_noise_groups
-        by_group = (torch.arange(G, device=self.device) + 1) * (T // G) - 1
-        tops = self._with_condition(by_group.expand(len(batch), -1), num_frames)  # [B,F]
-        is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(tops)
-        boundary = self._lower(tops, is_condition, self.student_scheduler.phase_boundary)
-        noisy = mix_noise(batch.latents, rng.normal(batch.latents.shape[1:]), tops, self.alphas)
+        num_frames, G, m = batch.latents.shape[1], self.settings.num_noise_groups, self.settings.phases_per_group
+        noise = rng.normal(batch.latents.shape[1:])
         rows = self.vocabulary.frame_rows(batch.control_indices)
         scale, more = self._draw_guidance(rng)
-        solved, timesteps = noisy, tops
-        for _ in range(self.settings.num_solver_steps // self.student_scheduler.num_phases):
-            following = self._lower(timesteps, is_condition, self.student_scheduler.solver_timestep)
-            x0 = self._teacher_x0(solved, timesteps, batch.prompt_embeds, rows, scale)
-            solved, timesteps = ddim_step(solved, x0, timesteps, following, self.alphas), following
-        jumped = self._jump(self.student, noisy, tops, boundary, batch.prompt_embeds, rows, more)
-        error = (jumped - solved)[:, 1:].square().mean(dim=(0, 2, 3, 4)).unflatten(0, (G, -1)).mean(dim=1)  # [G]
+        errors = []  # of the groups' first phases, of their second …: [G] each
+        for step in range(m):
+            tops = self._window_top(step, num_frames).expand(len(batch), -1)  # [B,F]
+            is_condition = (torch.arange(num_frames, device=self.device) == 0).expand_as(tops)
+            boundary = self._lower(tops, is_condition, self.student_scheduler.phase_boundary)
+            noisy = mix_noise(batch.latents, noise, tops, self.alphas)
+            solved, timesteps = noisy, tops
+            for _ in range(self.settings.num_solver_steps // self.student_scheduler.num_phases):
+                following = self._lower(timesteps, is_condition, self.student_scheduler.solver_timestep)
+                x0 = self._teacher_x0(solved, timesteps, batch.prompt_embeds, rows, scale)
+                solved, timesteps = ddim_step(solved, x0, timesteps, following, self.alphas), following
+            jumped = self._jump(self.student, noisy, tops, boundary, batch.prompt_embeds, rows, more)
+            errors.append((jumped - solved)[:, 1:].square().mean(dim=(0, 2, 3, 4)).unflatten(0, (G, -1)).mean(dim=1))
+        error = torch.stack(errors).mean(dim=0)  # [G]
         return {"loss": error.mean(), **{f"loss_group{g}": loss for g, loss in enumerate(error)}}
 
     def step_flops(self, batch: EncodedBatch) -> float:

@@ -41,6 +41,10 @@ from stage4.training.self_rollout_settings import SelfRolloutSettings
 
 logger = logging.getLogger(__name__)
 
+NOISE = (  # of a scheduler's config: what of a noisy frame its model learnt to read
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr", "snr_shift_scale", "condition_timestep",
+)  # fmt: skip
 MATCHED_TIMESTEPS = (20, 980)  # low to high, between which scores are compared: beyond them they say little or too much
 
 
@@ -91,10 +95,10 @@ class SelfRolloutObjective(SCMObjective):
             raise UserError(f"{base} was trained with condition_timestep; self-rollout knows clean conditions alone")
         student = Path(self.settings.student_model_name_or_path)
         if student.is_dir():  # a dry run needs none
-            self._check_student(student, config)
+            self._check_student(student, config, base, index)
 
-    def _check_student(self, student: Path, teacher: dict[str, Any]) -> None:
-        """UserError unless it is a distilled model of the same transformer, groups and phases."""
+    def _check_student(self, student: Path, teacher: dict[str, Any], base: Path, base_index: dict[str, Any]) -> None:
+        """UserError unless it is a distilled model of the same transformer, groups and phases, noise and signals."""
         index = read_model_index(student, expected=self.base_pipeline)
         kind = index["scheduler"][1]
         if kind != CogVideoXSwinLCMScheduler.__name__:
@@ -108,11 +112,20 @@ class SelfRolloutObjective(SCMObjective):
                     name, f"is {getattr(self.settings, name)}; {student} was made with {scheduler[name]}"
                 )
         config = component_config(student, "transformer", index)[1]
-        differences = [name for name in config if not name.startswith("_") and config[name] != teacher[name]]
-        if differences:
-            raise UserError(
-                f"{student} is no student of this teacher: their transformers differ in {', '.join(differences)}"
-            )
+        schedule = component_config(base, "scheduler", base_index)[1]
+        told = load_component(student, "control_vocabulary", index=index)
+        known = load_component(base, "control_vocabulary", index=base_index)
+        differences = {
+            "transformers": [name for name in config if not name.startswith("_") and config[name] != teacher[name]],
+            "schedulers": [name for name in NOISE if scheduler[name] != schedule[name]],
+            "control vocabularies": [
+                *(name for name in ("names", "label") if getattr(told, name) != getattr(known, name)),
+                *(name for name in ("table", "null") if not torch.equal(getattr(told, name), getattr(known, name))),
+            ],
+        }
+        for parts, names in differences.items():
+            if names:
+                raise UserError(f"{student} is no student of this teacher: their {parts} differ in {', '.join(names)}")
 
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:
         super().load(device, weight_dtype)
@@ -191,12 +204,6 @@ class SelfRolloutObjective(SCMObjective):
         was_told = torch.where(streams.is_live[:, None, None], torch.cat(signals, dim=1), streams.signals[:, :F])
         was_told = torch.where(starts[:, None, None], streams.told(starts * 0, streams.finished)[0], was_told)
         return Made(made, ~is_condition, streams.prompt, self.vocabulary.frame_rows(was_told))
-
-    def _window_top(self, step: int, num_frames: int) -> Tensor:
-        """A window's timesteps [1,F] at the top of every group's phase number `step`, the condition first."""
-        G, m = self.settings.num_noise_groups, self.settings.phases_per_group
-        phases = torch.arange(G, device=self.device) * m + m - step  # of them end there
-        return self._with_condition(phases[None] * (self.num_train_timesteps // (G * m)) - 1, num_frames)
 
     def _signals(self, batch: EncodedBatch, length: int, rng: SampleRandom) -> Tensor:
         """Signals [B,length,R] from anywhere in each clip; one that is too short holds its last."""

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.cogvideox.control_adapter import ControlVocabulary
 from common.cogvideox.pipeline_cogvideox import CogVideoXStreamingPipeline
+from common.cogvideox.pipeline_io import load_component
 from common.config.errors import UserError
 from common.config.loader import load_settings
 from common.tools.precompute import precompute
@@ -143,6 +145,29 @@ def test_a_student_that_does_not_fit_is_refused(tiny_models, tmp_path):
         (tmp_path / "new").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             settings.check_files()
+
+
+def test_a_student_of_other_noise_or_signals_is_refused(tiny_models, tmp_path):
+    def refusal(name: str) -> str:
+        with pytest.raises(UserError, match="no student of this teacher") as error:
+            load(tiny_models, "--student_model_name_or_path", str(tmp_path / name))
+        return str(error.value)
+
+    for name in ("noise", "signals"):
+        shutil.copytree(tiny_models / "stage4", tmp_path / name)
+    path = tmp_path / "noise" / "scheduler" / "scheduler_config.json"
+    changes = {"snr_shift_scale": 1.0, "beta_end": 0.02, "frames_per_group": 7}  # the last is no matter of noise
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert refusal("noise").endswith("their schedulers differ in beta_end, snr_shift_scale")
+    known = load_component(tiny_models / "stage4", "control_vocabulary")
+    for changes, named in (
+        ({"table": known.table.flip(0)}, "table"),
+        ({"null": known.null + 1, "label": "mean"}, "label, null"),
+        ({"names": known.names[::-1]}, "names"),
+    ):
+        parts = {part: getattr(known, part) for part in ("names", "table", "null", "label")} | changes
+        ControlVocabulary(**parts).save_pretrained(tmp_path / "signals" / "control_vocabulary")
+        assert refusal("signals").endswith(f"their control vocabularies differ in {named}")
 
 
 def test_another_share_of_a_finished_run_is_exported_anew(tiny_stages, stage4, tmp_path):

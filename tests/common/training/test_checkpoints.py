@@ -115,6 +115,42 @@ def test_mixing_two_runs_in_one_directory_is_refused(settings, tmp_path, value, 
         find_checkpoint(settings)
 
 
+@pytest.mark.parametrize("resume", ["latest", "none"])
+def test_result_whose_checkpoints_were_removed_is_not_replaced_unasked(toy_data, tmp_path, resume):
+    train(toy_settings(toy_data, tmp_path, max_train_steps=2))
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    longer = toy_settings(toy_data, tmp_path, max_train_steps=3, resume_from_checkpoint=resume)
+    with pytest.raises(UserError, match=f"output_dir: {tmp_path} holds the result of a run of 2 steps.* checkpoint-2"):
+        train(longer)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    (tmp_path / "training_finished.json").unlink()
+    train(longer)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
+
+
+def test_other_training_clips_are_noticed_though_the_held_out_ones_stay(toy_data, tmp_path, caplog):
+    entries = json.loads((toy_data / "index.json").read_text())["list"]
+    paths = {name: str(tmp_path / f"{name}.json") for name in ("index_file", "validation_index_file")}
+    (tmp_path / "validation_index_file.json").write_text(json.dumps({"list": entries[12:]}))
+    indices = {"first": entries[:8], "the same": entries[:8], "more": entries[:9], "in another order": entries[8::-1]}
+    for step, (name, listed) in enumerate(indices.items(), 1):
+        caplog.clear()
+        (tmp_path / "index_file.json").write_text(json.dumps({"list": listed}))
+        train(toy_settings(toy_data, tmp_path / "run", **paths, max_train_steps=step, validation_steps=1))
+        said = {"more": "(8 then, 9 now)", "in another order": "(9 then, 9 now)"}.get(name)
+        assert (said or "") in caplog.text and ("training clips are not those of" in caplog.text) == bool(said), name
+
+    state = tmp_path / "run" / "checkpoint-4" / "state.json"
+    saved = json.loads(state.read_text())
+    del saved["training_clips"]  # as before it was written down
+    state.write_text(json.dumps(saved))
+    caplog.clear()
+    (tmp_path / "index_file.json").write_text(json.dumps({"list": entries[:8]}))
+    train(toy_settings(toy_data, tmp_path / "run", **paths, max_train_steps=5))
+    assert not caplog.text
+
+
 def test_other_settings_are_refused_each_by_name(toy_data, tmp_path):
     train(toy_settings(toy_data, tmp_path, max_train_steps=2))
     other = toy_settings(toy_data, tmp_path, seed=1, weight_decay=0.5, frame_buckets=[5], max_train_steps=3)

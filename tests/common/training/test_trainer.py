@@ -253,6 +253,22 @@ def test_validation_does_not_change_training(toy_data, tmp_path):
     assert_same_checkpoint(tmp_path / "with" / "checkpoint-4", tmp_path / "without" / "checkpoint-4")
 
 
+@pytest.mark.parametrize("clips", [3, 0], ids=["held-out loss", "sample video alone"])
+@pytest.mark.parametrize("stopped", [2, 4], ids=["in between", "at the end"])
+def test_validation_due_where_the_run_was_stopped_is_made_once_when_it_goes_on(toy_data, tmp_path, stopped, clips):
+    common = {"validation_steps": 2, "validation_prompts": ["a road"], "num_validation_clips": clips}
+    train(toy_data, tmp_path, accident={"signal_step": stopped}, **common)
+    video = tmp_path / "validation" / f"step-{stopped}-0.mp4"
+    assert not video.exists() and not (tmp_path / "exported.safetensors").exists()
+    train(toy_data, tmp_path, **common)
+    made = video.stat().st_mtime_ns
+    train(toy_data, tmp_path, **common, max_train_steps=6)
+    assert [line["step"] for line in log_lines(tmp_path) if "validation/loss" in line] == [0, 2, 4, 6][
+        : 4 * bool(clips)
+    ]
+    assert video.stat().st_mtime_ns == made
+
+
 def test_failing_sample_stops_the_run_after_its_checkpoint(toy_data, tmp_path):
     with pytest.raises(RuntimeError, match="sampling failed"):
         train(toy_data, tmp_path, validation_steps=2, checkpointing_steps=2, validation_prompts=["fail"])
