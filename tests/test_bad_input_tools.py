@@ -55,6 +55,8 @@ INFERENCE_MISTAKES = [
     (4, "--widht 32 --groups 1", "unrecognized arguments: --widht 32"),
     (3, "--num_inference_steps 6 --groups 1", "6 inference steps do not divide among 4 noise groups; 4 or 8 would"),
     (4, "--num_inference_steps 8 --groups 1", "num_inference_steps=8: the model was distilled for 4"),
+    (4, "--guidance_scale 3 --groups 1", "guidance_scale 3: the model learnt its guidance when it was distilled"),
+    (4, "--control_guidance_scale 2 --groups 1", "control_guidance_scale 2: the model learnt its guidance"),
     (4, "--groups 1 --device cuda:77", "--device cuda:77: "),
     (4, "--groups 1 --device gpu", "--device gpu: "),
     (4, "--groups 1 --init_video /nowhere.mp4", "/nowhere.mp4: there is no such video file"),

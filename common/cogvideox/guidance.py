@@ -12,6 +12,8 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from common.cogvideox.control_adapter import ControlVocabulary
+from common.cogvideox.window_scheduler import SwinSchedulerMixin
+from common.config.errors import UserError
 
 
 class GuidanceBranch(NamedTuple):
@@ -57,6 +59,26 @@ def dynamic_guidance_scale(scale: float, step: int, num_steps: int) -> float:
     diffusers counts timesteps of 0…999 against num_steps, by which guidance jumps up and down.
     """
     return 1 + scale * (1 - math.cos(math.pi * (step / num_steps) ** 5)) / 2
+
+
+def stream_guidance_scale(
+    scheduler: SwinSchedulerMixin, guidance_scale: float | None, control_guidance_scale: float
+) -> float:
+    """The guidance scale of a stream; None is 1, or the middle of the range that the model was taught.
+
+    Raises:
+        UserError: a distilled model would be guided a second time, or told a scale that it was not taught.
+    """
+    if not scheduler.is_distilled:
+        return 1.0 if guidance_scale is None else guidance_scale
+    low, high = taught = scheduler.config.guidance_range or (1.0, 1.0)
+    scale = (low + high) / 2 if guidance_scale is None else guidance_scale
+    asked = {"guidance_scale": (scale, taught), "control_guidance_scale": (control_guidance_scale, (1.0, 1.0))}
+    for name, (value, (low, high)) in asked.items():
+        if not low <= value <= high:
+            right = f"{low:g}" if low == high else f"{low:g} … {high:g}"
+            raise UserError(f"{name} {value:g}: the model learnt its guidance when it was distilled; it takes {right}")
+    return scale
 
 
 def guidance_scale_embedding(scales: Tensor, embedding_dim: int) -> Tensor:

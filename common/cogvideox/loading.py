@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from common.cogvideox.guidance import stream_guidance_scale
 from common.cogvideox.pipeline_io import component_config, load_component
 from common.cogvideox.window import make_window_plan
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
@@ -43,14 +44,18 @@ def device_and_dtype(name: str | None, dtype: str | None) -> tuple[torch.device,
 
 
 def load_streaming_scheduler(
-    model_path: str, frames_per_group: int | None, num_inference_steps: int | None
+    model_path: str,
+    frames_per_group: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    control_guidance_scale: float,
 ) -> SwinSchedulerMixin:
-    """The model's scheduler with the frames per group that were asked for; a `UserError` if the steps do not fit."""
+    """The model's scheduler with the frames per group that were asked for; a `UserError` if it cannot do the rest."""
     scheduler = load_component(model_path, "scheduler")
     if frames_per_group:
         scheduler = type(scheduler).from_config(scheduler.config, frames_per_group=frames_per_group)
-    if num_inference_steps:
-        make_window_plan(scheduler, num_inference_steps, torch.device("cpu"))
+    make_window_plan(scheduler, num_inference_steps, torch.device("cpu"))
+    stream_guidance_scale(scheduler, guidance_scale, control_guidance_scale)
     return scheduler
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
 from common.cogvideox.chunk_decoder import ChunkDecoder
-from common.cogvideox.guidance import GuidedDenoiser, dynamic_guidance_scale
+from common.cogvideox.guidance import GuidedDenoiser, dynamic_guidance_scale, stream_guidance_scale
 from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder
 from common.cogvideox.pipeline_base import ControlPipelineBase
 from common.cogvideox.signal_sources import Control, SignalSource, clip_signals, make_signal_source
@@ -79,25 +79,26 @@ class CogVideoXControlPipeline(ControlPipelineBase):
             callback_on_step_end: (pipeline, step, timestep, {"latents"}) → {} or {"latents": new ones}.
             max_sequence_length: the transformer's own by default.
         """
-        height, width = self._resolution(height, width)
+        size = height, width = self._resolution(height, width)
         num_frames = num_frames or self.transformer.config.sample_frames
         if (num_frames - 1) % self.vae_scale_factor_temporal:
             raise UserError(f"num_frames {num_frames} is not 1 + a multiple of {self.vae_scale_factor_temporal}")
         self.check_inputs(prompt, height, width, negative_prompt, None, prompt_embeds, negative_prompt_embeds)
+        # What diffusers' properties of these names show, to a callback above all.
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._current_timestep, self._interrupt = None, False
         embeds = self._text_embeds(prompt, negative_prompt, max_sequence_length, prompt_embeds, negative_prompt_embeds)
         batch_size, num_latent_frames = len(embeds[0]), (num_frames - 1) // self.vae_scale_factor_temporal + 1
         signals = self._clip_control(control_signal, batch_size, num_latent_frames)
 
         def denoiser_at(scale: float) -> tuple[GuidedDenoiser, Tensor | None]:
-            resolution = (height, width)
-            denoiser = self._denoiser(
-                *embeds, scale, control_guidance_scale, resolution, num_latent_frames, attention_kwargs
-            )
+            denoiser = self._denoiser(*embeds, scale, control_guidance_scale, size, num_latent_frames, attention_kwargs)
             return denoiser, denoiser.control_embeds(signals)
 
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device)
         told, timesteps = self.scheduler.timesteps, self.scheduler.timesteps.tolist()
+        self._num_timesteps = len(timesteps)
         # Drawn in the text encoder's type, as diffusers does; kept in float32, since 50 roundings to bfloat16 add up.
         latents = self.prepare_latents(
             batch_size, self.transformer.config.in_channels, num_frames, height, width, embeds[0].dtype, device,
@@ -105,13 +106,18 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         ).float()  # fmt: skip
         denoiser, control = denoiser_at(guidance_scale)
         old_x0 = None
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self.progress_bar(told)):
+            if self.interrupt:
+                break
+            self._current_timestep = t
             if use_dynamic_cfg:
-                denoiser, control = denoiser_at(dynamic_guidance_scale(guidance_scale, i, len(timesteps)))
-            output = denoiser(latents, told[i], control)
+                self._guidance_scale = dynamic_guidance_scale(guidance_scale, i, len(timesteps))
+                denoiser, control = denoiser_at(self.guidance_scale)
+            output = denoiser(latents, t, control)
             latents, old_x0 = self._scheduler_step(output, latents, old_x0, timesteps, i, generator)
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
+        self._current_timestep = None
         video = latents
         if output_type != "latent":
             frames = self.decode_latents(latents.to(self.vae.dtype))
@@ -184,16 +190,20 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             init_video: uint8 [N,h,w,3] or [N,3,h,w] (or [B,…]); the stream begins in its last 4·(F−1)+1 frames, and
                 without height and width in its size. None: the window is first sampled from the prompt.
             num_chunks, seconds: how long; neither: without end. Chunks are whole: `seconds` is reached, not met.
-            num_inference_steps: N over all groups, N/G forwards a shift. Default 20, or what was distilled.
-            guidance_scale, control_guidance_scale: see `guidance_branches`; 1 by default. A model with `cond_proj_dim`
-                is told the first instead of being run twice; by default the middle of the range it was taught.
+            num_inference_steps: N over all groups, N/G forwards a shift. Default: `default_inference_steps`.
+            guidance_scale, control_guidance_scale: see `guidance_branches`; 1 by default. A distilled model has learnt
+                guidance and takes no more; with `cond_proj_dim` it is told the first, see `stream_guidance_scale`.
             seed, generator: of everything that is drawn; a list of generators has one for each stream.
             overlap: decode a chunk while the next shift is made, see `VideoStream`.
         """
+        if any(hasattr(model, "_hf_hook") for model in (self.transformer, self.vae)):
+            raise UserError(
+                "every chunk of a stream needs transformer and VAE: they cannot be offloaded to the CPU; encode the "
+                "prompt, set text_encoder to None and move the pipeline to the GPU, as stage4/inference.py does"
+            )
         device, spatial = self._execution_device, self.vae_scale_factor_spatial
-        default_steps = None if self.scheduler.is_distilled else 20
-        plan = make_window_plan(self.scheduler, num_inference_steps or default_steps, device)
-        guidance_scale = self._told_guidance(guidance_scale)
+        plan = make_window_plan(self.scheduler, num_inference_steps, device)
+        guidance_scale = stream_guidance_scale(self.scheduler, guidance_scale, control_guidance_scale)
         if seconds is not None:
             num_chunks = num_chunks_for(seconds, fps, plan.frames_per_group * self.vae_scale_factor_temporal)
         video = None if init_video is None else self._init_clip(init_video, plan.num_frames)
@@ -238,16 +248,6 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             raise UserError(f"{batch_size} prompts need a list of {batch_size} controls, one each")
         stride = self.vae_scale_factor_temporal
         return [make_signal_source(one, self.control_vocabulary, stride) for one in controls]
-
-    def _told_guidance(self, scale: float | None) -> float:
-        """The guidance scale, or its default; a `UserError` outside of the range that the model was taught."""
-        taught = getattr(self.scheduler.config, "guidance_range", None)
-        if taught is None:
-            return 1.0 if scale is None else scale
-        low, high = taught
-        if scale is not None and not low <= scale <= high:
-            raise UserError(f"guidance_scale {scale} is outside of what this model was taught: {low} … {high}")
-        return (low + high) / 2 if scale is None else scale
 
     def _init_clip(self, video: np.ndarray | Tensor, num_latent_frames: int) -> Tensor:
         """The last 4·(F−1)+1 frames as uint8 [B,N,3,h,w]; a `UserError` when there are too few."""

@@ -60,12 +60,12 @@ def make_window_plan(
     """The plan of a scheduler's window.
 
     Args:
-        num_inference_steps: N, a multiple of G; None for the one that a consistency model has.
+        num_inference_steps: N, a multiple of G; None for the scheduler's `default_inference_steps`.
 
     Raises:
         UserError: N does not fit the groups or the phases.
     """
-    scheduler.set_timesteps(num_inference_steps)
+    scheduler.set_timesteps(num_inference_steps or scheduler.default_inference_steps)
     config, grid = scheduler.config, scheduler.timesteps.cpu()
     num_frames = scheduler.num_window_frames
     told = expand_group_timesteps(grid, num_frames, config.num_noise_groups)  # [N/G,F]

@@ -40,6 +40,12 @@ class SwinSchedulerMixin:
         """F = 1 + G·W, the condition frame included."""
         return 1 + self.config.num_noise_groups * self.config.frames_per_group
 
+    @property
+    def default_inference_steps(self) -> int | None:
+        """N where none is asked for: the multiple of G that is nearest to 20 (for 8 groups 24); None if distilled."""
+        groups = self.config.num_noise_groups
+        return None if self.is_distilled else max((2 * 20 + groups) // (2 * groups), 1) * groups
+
     def alpha_table(self, device: torch.device | str = "cpu") -> Tensor:
         """[T+1] ᾱ and behind it 1 for the clean end (timestep −1); float64. Copied to a device once."""
         device = torch.device(device)

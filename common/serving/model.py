@@ -89,7 +89,13 @@ class ModelInfo:
 
 
 def scheduler_of(options: ModelOptions) -> SwinSchedulerMixin:
-    return load_streaming_scheduler(options.model_path, options.frames_per_group, options.num_inference_steps)
+    return load_streaming_scheduler(
+        options.model_path,
+        options.frames_per_group,
+        options.num_inference_steps,
+        options.guidance_scale,
+        options.control_guidance_scale,
+    )
 
 
 def find_clips(directory: Path | None) -> dict[str, Path]:

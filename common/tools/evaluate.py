@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=positive_number, default=1.0, help="length of the streams for drift")
     add("--num_streams", type=whole_number(2), default=8, help="streams side by side for drift, for each seed")
     add("--reference_drives", type=COUNT, default=3, help="true drives a caption that Fréchet distances are from")
-    add("--num_inference_steps", type=COUNT, help="denoising steps; default 20. Distilled models keep their own")
+    add("--num_inference_steps", type=COUNT, help="denoising steps; default about 20. Distilled models keep their own")
     add("--guidance_scale", type=float, default=1.0, help="guidance on text; 1 for none")
     add("--control_guidance_scale", type=float, default=3.0, help="guidance on control; distilled models have none")
     add("--frames_per_group", nargs="+", type=COUNT, help="further W at which to measure latency")

@@ -29,7 +29,7 @@ from data.miniworld.heldout import Scene
 from data.miniworld.instruments import FRAMES_PER_LATENT
 from data.miniworld.simulator import FPS
 
-CLIP_STEPS, STREAM_STEPS = 20, 20
+CLIP_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plan_model(path: str, name: str, args: argparse.Namespace) -> ModelPlan:
         if scheduler.is_distilled:  # sampled as it was distilled
             steps, guidance, control_guidance = None, None, 1.0
         else:
-            steps = steps or STREAM_STEPS
+            steps = steps or scheduler.default_inference_steps
         make_window_plan(scheduler, steps, torch.device("cpu"))
     else:
         steps = steps or CLIP_STEPS

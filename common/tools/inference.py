@@ -215,9 +215,15 @@ def read_init_video(args: argparse.Namespace, scheduler: SwinSchedulerMixin) -> 
 
 
 def load_scheduler(args: argparse.Namespace) -> SwinSchedulerMixin:
-    """The model's scheduler with --frames_per_group; --num_inference_steps that does not fit it is a `UserError`."""
+    """The model's scheduler with --frames_per_group; steps or guidance that do not fit it are a `UserError`."""
     read_model_index(args.model_path, expected="CogVideoXStreamingPipeline")
-    return load_streaming_scheduler(args.model_path, args.frames_per_group, args.num_inference_steps)
+    return load_streaming_scheduler(
+        args.model_path,
+        args.frames_per_group,
+        args.num_inference_steps,
+        args.guidance_scale,
+        args.control_guidance_scale,
+    )
 
 
 def stream(description: str | None) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.cogvideox.pipeline_io import LORA_NAME, read_model_index
+from common.cogvideox.pipeline_io import INDEX_NAME, LORA_NAME, read_model_index
 from common.config.command_line import ArgumentParser, refuse_unwritable
 from common.config.errors import UserError, run_cli
 
@@ -62,7 +62,7 @@ def pack_pipeline(source: Path, target: Path, before: list[Path]) -> None:
     index = read_model_index(source)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    shutil.copyfile(source / "model_index.json", target / "model_index.json")
+    shutil.copyfile(source / INDEX_NAME, target / INDEX_NAME)
     for component in sorted(name for name in index if (source / name).is_dir()):
         (target / component).mkdir()
         for file in sorted((source / component).iterdir()):
@@ -80,19 +80,19 @@ def pack(args: argparse.Namespace) -> int:
     packed: list[Path] = []
     for word in args.pipelines:
         name, _, source = word.partition("=")
-        target = args.output_dir / name
-        if Path(name).name != name or name in ("", ".."):
-            raise UserError(f"{word}: give NAME=DIRECTORY, with a plain NAME")
-        if source and Path(source).resolve().is_relative_to(target.resolve()):
+        directory, target = Path(source), args.output_dir / name
+        has_plain_name = Path(name).name == name and name not in ("", "..")
+        is_lora, is_pipeline = ((directory / file).is_file() for file in (LORA_NAME, INDEX_NAME))
+        if not (has_plain_name and source and (is_lora or is_pipeline)):
+            raise UserError(f"{word}: give NAME=DIRECTORY: a plain NAME, and a pipeline's directory or stage 1's LoRA")
+        if directory.resolve().is_relative_to(target.resolve()):
             raise UserError(f"{word}: would be written over itself; choose another --output_dir")
-        if source and (Path(source) / LORA_NAME).is_file():
+        if is_lora:
             target.mkdir(parents=True, exist_ok=True)
-            pack_file(Path(source) / LORA_NAME, target / LORA_NAME)
-        elif source and (Path(source) / "model_index.json").is_file():
-            pack_pipeline(Path(source), target, packed)
-            packed.append(target)
+            pack_file(directory / LORA_NAME, target / LORA_NAME)
         else:
-            raise UserError(f"{word}: give NAME=DIRECTORY with a pipeline directory, or stage 1's with a LoRA")
+            pack_pipeline(directory, target, packed)
+            packed.append(target)
     return sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file() and not path.is_symlink())
 
 

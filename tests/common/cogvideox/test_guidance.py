@@ -11,7 +11,10 @@ from common.cogvideox.guidance import (
     dynamic_guidance_scale,
     guidance_branches,
     guidance_scale_embedding,
+    stream_guidance_scale,
 )
+from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, CogVideoXSwinLCMScheduler
+from common.config.errors import UserError
 
 
 class LinearTransformer(torch.nn.Module):
@@ -103,3 +106,29 @@ def test_guidance_embedding_is_the_one_of_latent_consistency_models(dim):
     theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales, dim)
     torch.testing.assert_close(guidance_scale_embedding(scales, dim), theirs, rtol=0, atol=1e-3)
     assert guidance_scale_embedding(scales, dim).unique(dim=0).shape[0] == 3
+
+
+TOLD = CogVideoXSwinLCMScheduler(guidance_range=[2.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "asked", "scale"),
+    [
+        (CogVideoXSwinDPMScheduler(), (None, 3.0), 1.0),
+        (CogVideoXSwinDPMScheduler(), (6.0, 3.0), 6.0),
+        (CogVideoXSwinLCMScheduler(), (None, 1.0), 1.0),
+        (CogVideoXSwinLCMScheduler(), (1.0, 1.0), 1.0),
+        (CogVideoXSwinLCMScheduler(), (3.0, 1.0), "^guidance_scale 3: .* it takes 1$"),
+        (CogVideoXSwinLCMScheduler(), (None, 2.0), "^control_guidance_scale 2: .* it takes 1$"),
+        (TOLD, (None, 1.0), 4.0),
+        (TOLD, (6.0, 1.0), 6.0),
+        (TOLD, (1.0, 1.0), "^guidance_scale 1: .* it takes 2 … 6$"),
+        (TOLD, (3.0, 2.0), "^control_guidance_scale 2: .* it takes 1$"),
+    ],
+)
+def test_a_distilled_model_takes_the_guidance_it_was_taught_and_no_other(scheduler, asked, scale):
+    if isinstance(scale, float):
+        assert stream_guidance_scale(scheduler, *asked) == scale
+        return
+    with pytest.raises(UserError, match=scale):
+        stream_guidance_scale(scheduler, *asked)

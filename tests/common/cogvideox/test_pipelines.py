@@ -6,6 +6,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
 from common.cogvideox.control_adapter import ControlVocabulary
+from common.cogvideox.guidance import dynamic_guidance_scale
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline, CogVideoXStreamingPipeline
 from common.cogvideox.scheduler import (
     CogVideoXSwinDDIMScheduler,
@@ -73,6 +74,37 @@ def test_without_control_it_makes_what_diffusers_makes(rotary, scheduler, guidan
             ).frames
         )  # fmt: skip
     assert np.array_equal(*clips) and clips[0].shape == (1, 9, 32, 48, 3) and clips[0].std() > 0
+
+
+@pytest.mark.parametrize("use_dynamic_cfg", [False, True])
+def test_a_callback_sees_and_stops_what_diffusers_lets_it(base, use_dynamic_cfg):
+    parts = {**base, "transformer": CogVideoXControlTransformer3DModel.from_transformer(base["transformer"]).eval()}
+    seen, clips = {}, []
+
+    def callback(pipe, step, timestep, tensors):
+        assert pipe.current_timestep is timestep and pipe.attention_kwargs == {}
+        told = (step, timestep.item(), pipe.num_timesteps, pipe.interrupt)
+        seen.setdefault(type(pipe), []).append((*told, pipe.guidance_scale))
+        pipe._interrupt = step == 1
+        return {"latents": tensors["latents"] * 2}
+
+    for pipe in (CogVideoXPipeline(**base), CogVideoXControlPipeline(**parts)):
+        pipe.set_progress_bar_config(disable=True)
+        for _ in range(2):  # an interruption ends with its call
+            clip = pipe(
+                PROMPT, num_frames=9, num_inference_steps=4, guidance_scale=6.0, generator=generator(),
+                output_type="latent", max_sequence_length=16, attention_kwargs={}, callback_on_step_end=callback,
+                use_dynamic_cfg=use_dynamic_cfg, **SIZE,
+            ).frames  # fmt: skip
+        clips.append(clip)
+        assert pipe.current_timestep is None
+    theirs, ours = seen.values()
+    assert [told[0] for told in ours] == [0, 1] * 2
+    if use_dynamic_cfg:  # by the step's number, where diffusers takes the timestep's
+        scales = [dynamic_guidance_scale(6.0, step, 4) for step in (0, 1)]
+        assert [told[-1] for told in ours] == scales * 2
+    else:
+        assert ours == theirs and torch.equal(*clips)
 
 
 def test_a_clip_obeys_its_signals_and_reads_each_frames_own(base):
@@ -240,7 +272,7 @@ def test_a_vocabulary_of_another_model_is_refused(base):
 
 
 def test_a_distilled_model_is_told_its_guidance_scale_in_one_forward(base):
-    scheduler = CogVideoXSwinLCMScheduler(frames_per_group=1)
+    scheduler = CogVideoXSwinLCMScheduler(frames_per_group=1, guidance_range=[1.0, 7.0])
     pipe = CogVideoXStreamingPipeline(**controlled(base, scheduler, cond_proj_dim=8))
     torch.nn.init.normal_(pipe.transformer.time_embedding.cond_proj.weight, generator=generator())
     forwards = []
@@ -250,6 +282,9 @@ def test_a_distilled_model_is_told_its_guidance_scale_in_one_forward(base):
     weak, strong = (collect(pipe, 2, num_inference_steps=None, guidance_scale=scale) for scale in (1.0, 7.0))
     assert forwards == [1] * (4 + 2) * 2  # four phases to start from text, then one forward a shift
     assert not np.array_equal(weak[0], strong[0])
+    for scales in ({"guidance_scale": 7.5}, {"guidance_scale": 2.0, "control_guidance_scale": 2.0}):
+        with pytest.raises(UserError, match=r"learnt its guidance .* it takes (1 … 7|1)$"):
+            collect(pipe, 1, num_inference_steps=None, **scales)
 
 
 def test_rotary_positions_stream_too():

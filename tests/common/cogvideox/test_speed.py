@@ -88,6 +88,14 @@ def test_a_pipeline_made_for_speed_says_what_it_cannot_do_any_more(tiny_models, 
     assert not (tmp_path / "fast").exists()
 
 
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_what_is_offloaded_does_not_stream(tiny_models, offload):
+    pipeline = CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage4")
+    getattr(pipeline, offload)(device="cpu")
+    with pytest.raises(UserError, match="cannot be offloaded to the CPU; encode the prompt, set text_encoder to None"):
+        pipeline.stream("a car")
+
+
 def test_one_models_attention_kernel_is_not_anothers(tiny_models):
     fast, plain = (CogVideoXStreamingPipeline.from_pretrained(tiny_models / "stage4") for _ in range(2))
     before = _AttentionBackendRegistry.get_active_backend()[0]

@@ -270,6 +270,12 @@ def test_seconds_are_reached(seconds, chunks):
     assert 1 + 8 * chunks >= round(seconds * 16)
 
 
+@pytest.mark.parametrize("groups, steps", [(1, 20), (2, 20), (4, 20), (5, 20), (8, 24), (10, 20), (25, 25), (50, 50)])
+def test_the_default_steps_are_the_nearest_to_20_that_the_groups_divide(groups, steps):
+    plan = make_window_plan(SCHEDULERS["ddim"](num_noise_groups=groups), None, torch.device("cpu"))
+    assert len(plan.uniform) == steps and len(plan.steps) == steps // groups
+
+
 def test_steps_that_do_not_fit_the_groups_are_refused():
     with pytest.raises(UserError, match="4 noise groups"):
         make_window_plan(SCHEDULERS["ddim"](), 10, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Settings: every mistake a user can make is refused where it is made, in one line, before torch is imported."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from common.config.errors import UserError
 from common.config.fields import PathSetting
 from common.config.loader import load_settings, parse_launch_line
 from common.config.settings import TrainingSettings, setting_types
+from common.tools.train import OUT_OF_MEMORY_HELP
 
 
 @dataclass
@@ -228,6 +230,11 @@ def test_every_base_setting_is_explained():
     for name in setting_types(TrainingSettings):
         line = next(line for line in source if line.startswith(f"    {name}: "))
         assert len(line.partition("  # ")[2]) > 8, f"{name} has no explanation"
+
+
+def test_what_training_advises_when_memory_runs_out_are_settings():
+    named = set(re.findall(r"\w+_\w+", OUT_OF_MEMORY_HELP))
+    assert {"train_batch_size", "gradient_checkpointing"} <= named <= set(setting_types(TrainingSettings))
 
 
 def run(code: str) -> subprocess.CompletedProcess:

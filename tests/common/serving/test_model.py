@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from common.cogvideox.light_decoder import LightVideoDecoder
 from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.speed import SpeedOptions
+from common.config.errors import UserError
 from common.serving.commands import differences
 from common.serving.model import ModelOptions, Start, WorldModel, inspect_model
 
@@ -52,9 +53,15 @@ def test_a_compiled_model_is_ready_when_loaded_and_makes_the_same_world(tiny_wor
         ),
     ],
 )
-def test_what_changes_a_streams_frames_is_told_apart(tiny_world_model, logged, told):
-    options = tiny_world_model.options
+def test_what_changes_a_streams_frames_is_told_apart(tiny_models, logged, told):
+    options = ModelOptions(str(tiny_models / "stage3"), device="cpu")
     assert differences(inspect_model(options).settings, inspect_model(replace(options, **logged)).settings) == told
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "control_guidance_scale"])
+def test_a_distilled_model_is_not_guided_again(tiny_world_model, name):
+    with pytest.raises(UserError, match=f"^{name} 2: "):
+        inspect_model(replace(tiny_world_model.options, **{name: 2.0}))
 
 
 def test_a_model_trained_anew_in_its_place_is_another(tiny_models, tmp_path):

@@ -48,6 +48,7 @@ def test_ablation_adds_one_change_after_the_other(run_program, tiny_models, tmp_
         (["--output", "figures.txt"], "ends in .json"),
         (["--seconds", "0"], "more than 0"),
         (["--threads", "0"], "1 or more"),
+        (["--guidance_scale", "3"], "guidance_scale 3: the model learnt its guidance"),
     ],
 )
 def test_wrong_options_are_refused(refused, tiny_models, words, told):

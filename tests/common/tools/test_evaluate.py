@@ -128,6 +128,7 @@ def test_a_part_knows_every_component_of_its_model(tiny_models, tmp_path, monkey
     other_class = ["common.cogvideox.scheduler", "CogVideoXSwinDDIMScheduler"]
     assert changed_by(scheduler, condition_timestep=20) == ["scheduler"]
     assert changed_by(scheduler, frames_per_group=1) == ["scheduler"]
+    assert changed_by(scheduler, num_noise_groups=8) == ["scheduler", "num_inference_steps"]  # 24, which 8 divides
     assert changed_by("model_index.json", scheduler=other_class) == ["scheduler"]
     assert changed_by("control_vocabulary/vocabulary.json", label="last") == ["control_vocabulary"]
     assert changed_by("text_encoder/config.json", dense_act_fn="gelu") == ["text_encoder"]

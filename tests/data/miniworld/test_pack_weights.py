@@ -56,7 +56,7 @@ def test_a_lora_keeps_its_rank_and_alpha(tmp_path):
 
 
 def test_what_is_no_pipeline_or_too_large_is_refused(tiny_base, tmp_path, monkeypatch):
-    for word in (str(tiny_base), f"={tiny_base}", f"../base={tiny_base}"):
+    for word in (str(tiny_base), f"={tiny_base}", f"../base={tiny_base}", "base=", f"base={tmp_path}"):
         with pytest.raises(UserError, match="NAME=DIRECTORY"):
             packed(tmp_path, word)
     source = shutil.copytree(tiny_base, tmp_path / "base")
