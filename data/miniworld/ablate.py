@@ -96,7 +96,7 @@ ARMS: dict[int, dict[str, Arm]] = {
         # The factors need a larger rate than whole matrices.
         "LoRA student": Arm(f"--rank 64 --lora_alpha 64 {_LORA_LAYERS} --learning_rate 1e-3"),
         "offset noise .2": Arm("--offset_noise 0.2"),
-        "key presses in half": Arm("--key_press_share 0.5"),
+        "no key presses": Arm("--key_press_share 0"),
     },
 }
 MEASURES = {2: ("control", "frechet"), 3: ("control", "frechet", "latency"), 4: ("control", "frechet", "latency")}

@@ -35,7 +35,7 @@ args.control_dropout = 0.0  # float: share of samples with the null signal; the 
 args.num_solver_steps = 40  # int: the teacher's grid: 1000/40 timesteps a step
 args.teacher_guidance_scale = 1.0  # float: the teacher's guidance on text; 1 for none
 args.teacher_control_guidance_scale = 2.0  # float: the teacher's guidance on control, which the student learns
-args.key_press_share = 0.0  # float: share of samples told another signal for all frames in noise, as at a key press
+args.key_press_share = 0.5  # float: share of samples told another signal for all frames in noise, as at a key press
 args.huber_c = 0.01  # float: pseudo-Huber loss: quadratic below, linear above
 args.ema_decay = 0.95  # float: decay per step of the target's weights, which are also the result
 

@@ -20,7 +20,7 @@ class SCMSettings(SettingsWithLora, StreamingSettings):
     teacher_control_guidance_scale: float = 3.0  # the teacher's guidance on control; 1 for none
     guidance_range: list[float] = field(default_factory=list)  # [low, high] to draw one scale for both from, instead
     cond_proj_dim: int | None = None  # width of the embedding that tells the student the guidance drawn
-    key_press_share: float = 0.0  # share of samples told another signal than the footage's for all frames in noise:
+    key_press_share: float = 0.5  # share of samples told another signal than the footage's for all frames in noise:
     # what a player does to frames that are half made, and footage never shows
     huber_c: float = 0.01  # pseudo-Huber: quadratic below, linear above
     ema_decay: float = 0.95  # decay per step of the target's weights, which are also what is exported

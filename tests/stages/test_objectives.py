@@ -62,7 +62,8 @@ def test_a_latent_frame_is_told_the_mean_of_its_raw_frames_signals_or_the_last_o
     stage, tiny_base, tiny_models, batch, monkeypatch
 ):
     base = tiny_base if stage == 2 else tiny_models / f"stage{stage - 1}"
-    objective = load(stage, base, "--control_dropout", "0")
+    footage_alone = ["--key_press_share", "0"] if stage == 4 else []
+    objective = load(stage, base, "--control_dropout", "0", *footage_alone)
     told = []
 
     def predict(module, noisy, timesteps, prompt_embeds, control_embeds, **more):
@@ -141,7 +142,7 @@ def test_offset_noise_is_one_smooth_picture_in_all_frames_and_not_in_the_target(
 
 
 def test_a_pressed_key_is_told_for_all_frames_in_noise_to_teacher_and_student(tiny_models, batch, monkeypatch):
-    objective = load(4, tiny_models / "stage3")
+    objective = load(4, tiny_models / "stage3", "--key_press_share", "0.5")
     told = []
 
     def predict(module, noisy, timesteps, prompt_embeds, control_embeds, **more):
@@ -152,7 +153,6 @@ def test_a_pressed_key_is_told_for_all_frames_in_noise_to_teacher_and_student(ti
     footage = objective.vocabulary.frame_rows(batch.control_indices)
     signals = set()
     for step in range(10):
-        objective.settings.key_press_share = 0.5
         told.clear()
         assert objective.loss(batch, SampleRandom(0, step, range(B)))[0] < 1e-6  # the key moves no other draw's answer
         free, guided, target, student = told
