@@ -92,6 +92,16 @@ def component_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def pipeline_digests(directory: Path, index: dict[str, Any]) -> dict[str, str]:
+    """What a pipeline is made of: a digest of each component, beside the class that the index names for it.
+
+    The transformer's, called "weights", and the VAE's are digests alone: they are shown in reports.
+    """
+    digests = {name: component_digest(directory / name) for name in index if (directory / name).is_dir()}
+    shown = {"weights": digests.pop("transformer"), "vae": digests.pop("vae")}
+    return shown | {name: f"{index[name][1]} {digest}" for name, digest in digests.items()}
+
+
 def cache_fingerprint(settings: TrainingSettings) -> dict[str, Any]:
     """Everything that a cache's numbers depend on besides the videos and captions themselves.
 

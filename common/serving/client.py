@@ -84,7 +84,7 @@ class Driver:
         socket: a websockets connection.
         control: one signal a raw frame; None watches a replay.
         command: the message that starts the stream, of type reset or replay.
-        frames: numbers of the stream's frames that are written; the drive is over with the last.
+        frames: numbers of the stream's frames that are written; the drive is over with the last or one after it.
     """
 
     def __init__(self, socket, control: list[str] | None, command: dict, frames: range, output: Path):
@@ -99,6 +99,7 @@ class Driver:
         self._asked: dict[int, float] = {}  # signal id → when it was sent, until a frame has read it
         self._signal: str | None = None
         self._last_id = 0
+        self._is_over = False
         self._stream: int | None = None
         self._sink: VideoSink | None = None
 
@@ -118,12 +119,14 @@ class Driver:
                 await self._hold(self.control[0])
             self.started = time.perf_counter()
             await self.send(**self.command)
-            while not self.arrivals or self.arrivals[-1][0] < self.frames[-1]:
+            while not self._is_over:
                 await self._receive()
                 if self.status.get("state") == "error":
                     raise UserError(f"the world has stopped: {self.status['message']}")
                 if not self.status["you_drive"]:
                     raise UserError("the wheel was given to somebody else")
+            if not self.arrivals:
+                raise UserError("none of the frames came through: the server drops those that a client is too slow for")
         finally:
             pings.cancel()
             if self._sink:
@@ -186,6 +189,7 @@ class Driver:
             return
         if self._stream is not None and header.stream <= self._stream:
             return  # still of the old stream
+        self._is_over = header.number >= self.frames[-1]  # the server may have dropped the last one
         if header.number not in self.frames:
             return
         if self._sink is None:
@@ -211,7 +215,7 @@ class Driver:
             **{name: self.welcome[name] for name in ("width", "height")},
             **{name: self.status[name] for name in ("seed", "prompt")},
             "frames": len(times),
-            "missing_frames": self.arrivals[-1][0] + 1 - self.frames.start - len(times),
+            "missing_frames": len(self.frames) - len(times),
             "seconds": round(seconds, 3),
             "fps": round((len(times) - 1) / seconds, 3) if seconds else 0.0,
             "start_ms": round(1000 * (times[0] - self.started), 1),
@@ -288,12 +292,8 @@ def main() -> None:
     figures = asyncio.run(run(args))
     args.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     latency = (figures["key_to_frame_ms"] or {}).get("p50", "–")
-    logger.info(
-        "%s: %d frames, %.2f a second; %s ms from key to frame",
-        args.output,
-        *(figures[name] for name in ("frames", "fps")),
-        latency,
-    )
+    told = "%s: %d frames, %.2f a second; %s ms from key to frame"
+    logger.info(told, args.output, figures["frames"], figures["fps"], latency)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from common.serving.protocol import ProtocolError
 if TYPE_CHECKING:
     from common.serving.room import Room
 
+# Settings that are digests: two of them side by side tell nobody anything.
+DIGESTS = ("weights", "vae", "text_encoder", "tokenizer", "scheduler", "control_vocabulary", "light_decoder", "clip")
+
 
 def obey(room: Room, client: ClientSession, message: protocol.Message) -> None:
     """Does what a client asks for, if it may."""
@@ -74,9 +77,12 @@ def differences(here: str, logged: str) -> str:
     parts = []
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         mine, other = (settings.get(name, "not given") for settings in (ours, theirs))
-        if mine != other:
-            are_others = name == "weights" and name in theirs  # two hashes side by side tell nobody anything
-            parts.append("the model's weights are others" if are_others else f"{name} is {mine} (in the log: {other})")
+        if mine == other:
+            continue
+        if name in DIGESTS and name in ours and name in theirs:
+            parts.append("the model's weights are others" if name == "weights" else f"the {name} is another")
+        else:
+            parts.append(f"{name} is {mine} (in the log: {other})")
     return ", ".join(parts)
 
 
@@ -84,12 +90,12 @@ def replay(room: Room, client: ClientSession, log: protocol.ControlLog) -> None:
     info = room.info
     if log.model != info.name:
         client.error(f"the log was made with the model {log.model}, here runs {info.name}; it cannot be replayed")
-    elif differ := differences(info.settings, log.settings):
+    elif log.start != FROM_TEXT and log.start not in info.clips:
+        client.error("the log starts from a clip that this server does not have")
+    elif differ := differences(info.settings_from(log.start), log.settings):
         client.error(f"the log cannot be replayed: {differ}")
     elif not log.complete:
         client.error("the log is not complete: its drive had more changes than a log can hold")
-    elif log.start != FROM_TEXT and log.start not in info.clips:
-        client.error("the log starts from a clip that this server does not have")
     elif any(signal is not None and signal not in info.signals for _, signal in log.shifts):
         raise ProtocolError("replay.log.shifts: a signal that the model does not have")
     else:

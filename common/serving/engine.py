@@ -208,6 +208,7 @@ class Engine:
             self._start, self._history = start, History(self.info, start)
             history = self._history
         self._show("loading", 0.95, "starting a new world", prompt=start.prompt)
+        history.settings = self.info.settings_from(start.start)  # of the clip as it is before it is read
         prompts = {text: self._model.encode(text) for text in {start.prompt, *self._replayed_prompts(start)}}
         stream = self._model.open(start, prompts[start.prompt], self._read_signal)
         was_replaying = history.is_replaying

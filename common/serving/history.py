@@ -13,10 +13,13 @@ class History:
 
     Args:
         start: if it has a log, that is followed to its end.
+
+    Attributes:
+        settings: of the stream, for its log; who starts it from a clip says which, see `ModelInfo.settings_from`.
     """
 
     def __init__(self, info: ModelInfo, start: Start):
-        self.info, self.start = info, start
+        self.info, self.start, self.settings = info, start, info.settings
         self.shift = self.num_frames = 0  # made so far
         self.read_shift = -1  # the last one that has read its signal
         self.is_complete = True
@@ -63,7 +66,7 @@ class History:
         return ControlLog(
             version=VERSION,
             model=self.info.name,
-            settings=self.info.settings,
+            settings=self.settings,
             seed=self.start.seed,
             prompt=self.start.prompt,
             start=self.start.start,

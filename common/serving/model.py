@@ -21,7 +21,7 @@ from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.errors import UserError
 from common.config.model_directory import resolve_pipeline_directory
 from common.config.settings import SIZE_MULTIPLE, VAE_TIME_FACTOR
-from common.data.fingerprint import component_digest
+from common.data.fingerprint import VideoStamp, component_digest, pipeline_digests
 from common.data.video import read_clip
 from common.serving.protocol import NULL_SIGNAL, ControlLog
 
@@ -87,6 +87,13 @@ class ModelInfo:
     def index(self, signal: str | None) -> int:
         return NULL_SIGNAL if signal is None else self.signals.index(signal)
 
+    def settings_from(self, start: str) -> str:
+        """`settings` of a stream that begins there: of a clip its content counts, and the rate at which it is read."""
+        if start == FROM_TEXT:
+            return self.settings
+        stamp = VideoStamp.of(self.clips[start])
+        return f"{self.settings} fps={self.fps} clip={stamp.digest if stamp else 'gone'}"
+
 
 def scheduler_of(options: ModelOptions) -> SwinSchedulerMixin:
     return load_streaming_scheduler(
@@ -110,11 +117,14 @@ def find_clips(directory: Path | None) -> dict[str, Path]:
     return dict(list(clips.items())[:MAX_CLIPS])
 
 
-def settings_of(options: ModelOptions, directory: Path, height: int, width: int, frames_per_group: int) -> str:
-    """All that a stream's frames depend on besides what its control log says, as "name=value name=value …".
+def settings_of(
+    options: ModelOptions, directory: Path, index: dict[str, Any], height: int, width: int, frames_per_group: int
+) -> str:
+    """All that a stream's frames depend on besides where it starts and what its control log says, as "name=value
+    name=value …".
 
-    Weights are known by their content: a model that was trained anew has kept its name. Of files over 1 GiB a sample is
-    read, half a second for CogVideoX-2B's transformer.
+    The model is known by the content of all its components: one that was trained anew has kept its name. Of a file over
+    1 GiB, as CogVideoX-2B's transformer, a sample is read in half a second.
     """
     device, dtype = device_and_dtype(options.device, options.dtype)
     speed = options.speed
@@ -132,9 +142,10 @@ def settings_of(options: ModelOptions, directory: Path, height: int, width: int,
         "attention_backend": speed.attention_backend,
         "light_decoder": speed.light_decoder and component_digest(speed.light_decoder),
         "decode_device": None if decode_type == device.type else decode_type,  # cuda:1 decodes as cuda does
-        "weights": component_digest(directory / "transformer"),
+        **pipeline_digests(directory, index),
     }
-    return " ".join(f"{name}={value}" for name, value in told.items() if value is not None)
+    # A class stands before its digest with a colon: spaces part the settings.
+    return " ".join(f"{name}={value}".replace(" ", ":") for name, value in told.items() if value is not None)
 
 
 def inspect_model(options: ModelOptions) -> ModelInfo:
@@ -155,7 +166,7 @@ def inspect_model(options: ModelOptions) -> ModelInfo:
         width=width,
         fps=options.fps,
         frames_per_chunk=width_of_group * VAE_TIME_FACTOR,
-        settings=settings_of(options, directory, height, width, width_of_group),
+        settings=settings_of(options, directory, index, height, width, width_of_group),
         clips=find_clips(options.clips),
     )
 

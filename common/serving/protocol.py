@@ -93,7 +93,7 @@ class ControlLog(Message):
     """All that fixes a stream's frames, from its first one on.
 
     Attributes:
-        model, settings: what made it, see `ModelInfo`; the same is needed to make it again.
+        model, settings: what made it, see `ModelInfo.settings_from`; the same is needed to make it again.
         shifts: [shift, signal] wherever the signal changed, null for none; a signal holds until the next entry.
         prompts: [shift, prompt] of every change after the first, at `shift` at the earliest.
         end: number of shifts.
@@ -103,7 +103,7 @@ class ControlLog(Message):
 
     version: Literal[1] = VERSION
     model: Name
-    settings: Annotated[str, Field(max_length=500)] = ""
+    settings: Annotated[str, Field(max_length=1000)] = ""
     seed: Seed
     prompt: Prompt
     start: Name

@@ -23,7 +23,7 @@ from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline, CogVid
 from common.cogvideox.pipeline_io import load_component, read_model_index
 from common.cogvideox.window import make_window_plan, num_chunks_for
 from common.config.model_directory import resolve_pipeline_directory
-from common.data.fingerprint import component_digest
+from common.data.fingerprint import pipeline_digests
 from common.data.video_writer import to_frames
 from data.miniworld.heldout import Scene
 from data.miniworld.instruments import FRAMES_PER_LATENT
@@ -76,20 +76,10 @@ def plan_model(path: str, name: str, args: argparse.Namespace) -> ModelPlan:
     return ModelPlan(
         name, directory, kind, *picture_size(directory, index), widths,
         {
-            **_components(directory, index), "dtype": dtype,
+            **pipeline_digests(directory, index), "dtype": dtype,
             "num_inference_steps": steps, "guidance_scale": guidance, "control_guidance_scale": control_guidance,
         },
     )  # fmt: skip
-
-
-def _components(directory: Path, index: dict[str, Any]) -> dict[str, str]:
-    """What a pipeline is made of: a digest of each component, beside the class that the index names for it.
-
-    The transformer's, called "weights", and the VAE's are digests alone: they are shown in the report.
-    """
-    digests = {name: component_digest(directory / name) for name in index if (directory / name).is_dir()}
-    shown = {"weights": digests.pop("transformer"), "vae": digests.pop("vae")}
-    return shown | {name: f"{index[name][1]} {digest}" for name, digest in digests.items()}
 
 
 @dataclass

@@ -1,14 +1,19 @@
 """The headless client: a scripted drive against a real server, its video and its timings."""
 
+import asyncio
+import io
 import json
 import threading
 
 import decord
 import numpy as np
 import pytest
+from PIL import Image
 
+from common.config.errors import UserError
 from common.serving import client
-from common.serving.client import percentiles, socket_address
+from common.serving.client import Driver, percentiles, socket_address
+from common.serving.protocol import VERSION, FrameHeader, pack_header, to_json
 
 
 @pytest.fixture
@@ -53,6 +58,48 @@ def test_a_replay_and_a_control_file(serve, run_client, tmp_path):
     assert len(part) == 11 == replayed["frames"] and replayed["missing_frames"] == 0
     difference = [np.abs(part[0].asnumpy().astype(int) - video[n].asnumpy()).mean() for n in (0, 6)]
     assert difference[1] < difference[0]
+
+
+class LossySocket:
+    """A server that has dropped frames: in the new stream those of these numbers alone come through."""
+
+    def __init__(self, numbers):
+        jpeg = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(jpeg, "JPEG")
+        welcome = {"type": "welcome", "version": VERSION, "signals": ["D"], "fps": 16, "model": "m"}
+        status = {"type": "status", "you_drive": True, "state": "running", "seed": 1, "prompt": "p"}
+        frames = [(1, 70), *((2, number) for number in numbers)]
+        headers = [FrameHeader(0, number == 0, number, 0, stream) for stream, number in frames]
+        frames = [pack_header(header) + jpeg.getvalue() for header in headers]
+        self.messages = [to_json(welcome | {"width": 64, "height": 64}), to_json(status), *frames]
+
+    async def send(self, message):
+        pass
+
+    async def recv(self):
+        assert self.messages, "it waits for a frame that never comes"
+        return self.messages.pop(0)
+
+
+@pytest.mark.parametrize(
+    "numbers, missing", [([0, 1, 2, 3], 0), ([0, 2, 3], 1), ([1, 2, 9], 2), ([0, 1, 4, 5], 2), ([0, 3], 2)]
+)
+def test_a_drive_ends_when_its_last_frame_is_lost(tmp_path, numbers, missing):
+    driver = Driver(LossySocket(numbers), ["D"] * 4, {"type": "reset"}, range(4), tmp_path / "drive.mp4")
+    asyncio.run(driver.drive(patience=60))
+    assert driver.figures()["missing_frames"] == missing and driver.figures()["frames"] == 4 - missing
+
+
+def test_of_a_replay_what_comes_before_the_recording_is_not_missed(tmp_path):
+    driver = Driver(LossySocket([3, 4, 6, 8]), None, {"type": "replay"}, range(4, 8), tmp_path / "drive.mp4")
+    asyncio.run(driver.drive(patience=60))
+    assert driver.figures()["frames"] == 2 == driver.figures()["missing_frames"]
+
+
+def test_a_drive_without_any_frame_says_so(tmp_path):
+    driver = Driver(LossySocket([4]), ["D"] * 4, {"type": "reset"}, range(4), tmp_path / "drive.mp4")
+    with pytest.raises(UserError, match="none of the frames came through"):
+        asyncio.run(driver.drive(patience=60))
 
 
 def test_it_waits_for_the_wheel_and_for_a_model_that_loads(serve, run_client, refused, tmp_path, tiny_world_model):

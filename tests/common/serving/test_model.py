@@ -1,5 +1,6 @@
 """The played model: what compiling it changes, and what has to be the same for a control log to be replayed."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from common.cogvideox.pipeline_io import load_component
 from common.cogvideox.speed import SpeedOptions
 from common.config.errors import UserError
 from common.serving.commands import differences
+from common.serving.history import History
 from common.serving.model import ModelOptions, Start, WorldModel, inspect_model
 
 
@@ -76,9 +78,49 @@ def test_a_model_trained_anew_in_its_place_is_another(tiny_models, tmp_path):
     before = inspect_model(options).settings
     shutil.copytree(model, tmp_path / "elsewhere" / "stage4")  # with other times
     assert inspect_model(replace(options, model_path=str(tmp_path / "elsewhere" / "stage4"))).settings == before
-    for directory, told in ((model / "transformer", "the model's weights are others"), (light, "light_decoder is ")):
+    others = {model / "transformer": "the model's weights are others", light: "the light_decoder is another"}
+    for directory, told in others.items():
         file = directory / "diffusion_pytorch_model.safetensors"
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
         after = inspect_model(options).settings
         assert told in differences(after, before)
     assert differences(after, before).count(",") == 1
+
+
+def test_a_model_with_another_component_is_another(tiny_models, tmp_path):
+    model = tmp_path / "stage4"
+    shutil.copytree(tiny_models / "stage4", model)
+    options = ModelOptions(str(model), device="cpu")
+    before = inspect_model(options).settings
+
+    def told_of(name, file, **values):
+        """What a log of before is told once a JSON file of a component says something else."""
+        path = model / name / file
+        text = path.read_text()
+        path.write_text(json.dumps(json.loads(text) | values))
+        told = differences(inspect_model(options).settings, before)
+        path.write_text(text)
+        return told
+
+    assert told_of("scheduler", "scheduler_config.json", condition_timestep=20) == "the scheduler is another"
+    assert told_of("control_vocabulary", "vocabulary.json", label="last") == "the control_vocabulary is another"
+    assert told_of("text_encoder", "config.json", dense_act_fn="gelu") == "the text_encoder is another"
+    assert told_of("tokenizer", "tokenizer_config.json", model_max_length=8) == "the tokenizer is another"
+    assert told_of("scheduler", "scheduler_config.json", _diffusers_version="9") == ""  # the same, written anew
+    vae = model / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(vae).items()}, vae, {"format": "pt"})
+    assert differences(inspect_model(options).settings, before) == "the vae is another"
+    # A log that was written when the weights alone were known.
+    old = before[: before.index(" vae=")]
+    told = differences(before, old)
+    assert told.startswith("vae is ") and told.count("(in the log: not given)") == 5
+
+
+def test_a_log_holds_all_settings_that_a_model_can_have(tiny_models):
+    """Even of those that no one machine can do together."""
+    info = inspect_model(ModelOptions(str(tiny_models / "stage4"), device="cpu"))
+    rest = "guidance_scale=6.0 num_inference_steps=1000 compile=on float8=on attention_backend=_sage_qk_int8_pv_fp8 "
+    rest += f"light_decoder={'f' * 16} decode_device=cuda fps=23.976023976023978 clip={'f' * 32}"
+    history = History(info, Start("p", 3))
+    history.settings = f"{info.settings} {rest}"
+    assert history.log(1, 0, 1).settings == history.settings

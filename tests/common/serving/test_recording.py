@@ -4,8 +4,10 @@ import asyncio
 import hashlib
 import io
 import json
+import shutil
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import decord
 import numpy as np
@@ -112,6 +114,37 @@ def test_after_its_end_a_replay_goes_on_live_and_says_so(play):
             assert words in await player.refused(type="replay", log=log | changes)
 
     play(scenario)
+
+
+def test_a_replay_from_a_clip_needs_that_clip_at_that_rate(play, tiny_world_model, tiny_world, tmp_path, monkeypatch):
+    clip = tmp_path / "meadow.mp4"
+    shutil.copy(tiny_world / "videos" / "00000.mp4", clip)
+    info = replace(tiny_world_model.info, clips={"meadow": clip}, fps=16.0)
+    monkeypatch.setattr(tiny_world_model, "info", info)
+
+    async def scenario(player, server):
+        def log():
+            return json.loads(server.room.engine._history.log(2, 0, 5).model_dump_json())
+
+        await player.frame()
+        from_text = log()
+        await player.new_stream(start="meadow", seed=1)
+        from_clip = log()
+        await player.new_stream(type="replay", log=from_clip)
+        assert log()["settings"] == from_clip["settings"] != from_text["settings"]
+        old = from_clip | {"settings": info.settings}
+        assert "fps is 16.0 (in the log: not given), clip is" in await player.refused(type="replay", log=old)
+        server.room.info = replace(info, fps=8.0)
+        assert ": fps is 8.0 (in the log: 16.0)" in await player.refused(type="replay", log=from_clip)
+        await player.new_stream(type="replay", log=from_text)  # a prompt gives the same frames at any rate
+        server.room.info = info
+        shutil.copy(tiny_world / "videos" / "00001.mp4", clip)
+        assert "replayed: the clip is another" in await player.refused(type="replay", log=from_clip)
+        clip.unlink()
+        assert "replayed: the clip is another" in await player.refused(type="replay", log=from_clip)
+        await player.frame()
+
+    play(scenario, info=info)
 
 
 def test_a_recording_ends_at_its_greatest_length(play, monkeypatch):
