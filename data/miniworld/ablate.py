@@ -10,6 +10,9 @@ already is kept, so the same command goes on where it was stopped, and several m
 --seeds. A command that differs is refused where it would have trained or measured otherwise: the trainer and the
 evaluation are started for every arm, and compare. For one that is done that takes about half a minute.
 
+`--jobs 3` makes three runs at once on one GPU: while one loads, compiles or is measured, the others train. Each writes
+to OUT/ARM/SEED/log.txt what it has to say.
+
 An arm that differs in sampling alone is measured on the default's weights. "default" is what the stage's
 miniworld_config.py and the settings behind `--` say.
 """
@@ -23,8 +26,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from common.config.command_line import ArgumentParser, not_negative_number, refuse_unwritable, whole_number
@@ -141,65 +146,97 @@ def table_of(results: dict[str, dict[int, dict[str, float]]]) -> str:
 
 
 class Ablation:
-    """Runs and measures arms; `run` calls a program (replaced in tests)."""
+    """Runs and measures arms; `run` calls a program, whose output goes into a file if one is named (replaced in
+    tests)."""
 
-    def __init__(self, args: argparse.Namespace, run: Callable[[Sequence[str]], None]):
+    def __init__(self, args: argparse.Namespace, run: Callable[[Sequence[str], Path | None], None]):
         self.args, self.run = args, run
         self.trained: set[Path] = set()  # some arms have the default's weights: once is enough
+        self.locks: dict[Any, Lock] = {}
 
     def folder(self, arm: str, seed: int) -> Path:
         return self.args.output_dir / "".join(c if c.isalnum() else "_" for c in arm) / str(seed)
+
+    def one_at_a_time(self, what: Any) -> Lock:
+        """The lock of what several jobs may want to make."""
+        return self.locks.setdefault(what, Lock())
 
     def measure(self, arm: str, seed: int) -> dict[str, float]:
         """Trains and evaluates one arm at one seed. Both programs keep what they made before, and refuse to go on from
         what other settings made."""
         change, report = ARMS[self.args.stage][arm], self.folder(arm, seed) / "report"
         trained = self.folder(arm if change.train else DEFAULT, seed) / "model"
-        if trained not in self.trained:
-            self.run([
-                "common.tools.train", "--config", f"stage{self.args.stage}/training/miniworld_config.py",
-                "--pretrained_model_name_or_path", str(self.args.pretrained_model_name_or_path),
-                "--output_dir", str(trained), "--seed", str(seed), "--validation_steps", "0",
-                "--validation_prompts", *self.args.settings,
-                *(word.format(clip_cache=self.args.clip_cache) for word in change.train.split()),
-            ])  # fmt: skip
-            self.trained.add(trained)
-        self.share_true_video(report / "parts", seed)
+        log = self.folder(arm, seed) / "log.txt" if self.args.jobs > 1 else None
+        with self.one_at_a_time(trained):
+            if trained not in self.trained:
+                self.run([
+                    "common.tools.train", "--config", f"stage{self.args.stage}/training/miniworld_config.py",
+                    "--pretrained_model_name_or_path", str(self.args.pretrained_model_name_or_path),
+                    "--output_dir", str(trained), "--seed", str(seed), "--validation_steps", "0",
+                    "--validation_prompts", *self.args.settings,
+                    *(word.format(clip_cache=self.args.clip_cache) for word in change.train.split()),
+                ], log)  # fmt: skip
+                self.trained.add(trained)
         minutes = self.args.drift_minutes
         drift = ("drift", "--minutes", f"{minutes:g}", "--num_streams", "24") if minutes else ()
         guided = () if self.args.stage == 4 else ("--control_guidance_scale", CONTROL_GUIDANCE)
-        self.run([
+        evaluation = [
             "common.tools.evaluate", "--model_path", str(trained), "--output_dir", str(report),
             "--measures", *MEASURES[self.args.stage], *drift, "--num_videos", str(self.args.num_videos),
             "--batch_size", str(self.args.num_videos), "--seeds", str(seed), *guided, *change.evaluate.split(),
-        ])  # fmt: skip
+        ]  # fmt: skip
+        with self.one_at_a_time(f"true video of seed {seed}"):
+            is_there = self.share_true_video(report / "parts", seed)
+            if not is_there:
+                self.run(evaluation, log)
+        if is_there:
+            self.run(evaluation, log)
         return figures_of(json.loads((report / "report.json").read_text()))
 
-    def share_true_video(self, parts: Path, seed: int) -> None:
-        """True video is drawn and measured for one arm at each seed; the others get what came of it (`evaluate`)."""
+    def share_true_video(self, parts: Path, seed: int) -> bool:
+        """True video is drawn and measured for one arm at each seed; the others get what came of it (`evaluate`).
+
+        False if there is none yet.
+        """
         parts.mkdir(parents=True, exist_ok=True)
-        for part in self.args.output_dir.glob(f"*/{seed}/report/parts/*.json"):
-            if not part.name.startswith("model.") and not (parts / part.name).exists():
+        made = [
+            part
+            for part in self.args.output_dir.glob(f"*/{seed}/report/parts/*.json")
+            if not part.name.startswith("model.")
+        ]
+        for part in made:
+            if not (parts / part.name).exists():
                 shutil.copyfile(part, parts / part.name)
+        return bool(made)
 
     def all(self) -> str:
         """The table of all arms; written anew after each result."""
-        results: dict[str, dict[int, dict[str, float]]] = {}
-        table = ""
-        for seed in self.args.seeds:  # seed by seed: every arm has one before any has two
-            for arm in self.args.arms:
-                results.setdefault(arm, {})[seed] = self.measure(arm, seed)
-                table = table_of(results)
+        results: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in self.args.arms}
+        jobs = ThreadPoolExecutor(self.args.jobs)
+        try:
+            # Seed by seed: every arm has one before any has two.
+            runs = {jobs.submit(self.measure, arm, seed): (arm, seed) for seed in self.args.seeds for arm in results}
+            for run in as_completed(runs):
+                arm, seed = runs[run]
+                results[arm][seed] = run.result()
                 replace_text(self.args.output_dir / "ablation.json", json.dumps(results, indent=1) + "\n")
-                replace_text(self.args.output_dir / "ablation.md", table)
-        return table
+                replace_text(self.args.output_dir / "ablation.md", table_of(results))
+        finally:
+            jobs.shutdown(cancel_futures=True)  # what runs already goes on to its end
+        return table_of(results)
 
 
-def run_program(words: Sequence[str]) -> None:
+def run_program(words: Sequence[str], log: Path | None) -> None:
     """Runs `python -m words…` to its end. UserError when it fails: it has said why."""
-    result = subprocess.run([sys.executable, "-m", *words], check=False)
-    if result.returncode:
-        raise UserError(f"{words[0]} ended with {result.returncode}; the same command goes on once that is mended")
+    if log is None:
+        code = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            code = subprocess.run([sys.executable, "-m", *words], check=False, stdout=file, stderr=file).returncode
+    if code:
+        said = f", see {log}" if log else ""
+        raise UserError(f"{words[0]} ended with {code}{said}; the same command goes on once that is mended")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -214,6 +251,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clip_cache", type=Path, default=None, help="latents of three 33-frame windows a clip")
     parser.add_argument("--drift_minutes", type=not_negative_number, default=0, help="streams' length; 0: no drift")
     parser.add_argument("--num_videos", type=whole_number(1), default=96, help="measured of each run")
+    parser.add_argument("--jobs", type=whole_number(1), default=1, help="runs at once")
     args = parser.parse_args(words[:cut])
     args.settings = words[cut + 1 :]
     if args.drift_minutes and (args.stage == 2 or args.drift_minutes < 0.17):

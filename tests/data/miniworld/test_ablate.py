@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from common.config.errors import UserError
 from common.config.loader import load_settings
-from data.miniworld.ablate import ARMS, DEFAULT, Ablation, parse_arguments, table_of
+from data.miniworld.ablate import ARMS, DEFAULT, Ablation, parse_arguments, run_program, table_of
 
 WINDOWS = {2: [], 3: ["--window_frames", "17", "33"], 4: ["--window_frames", "17", "33"]}
 
@@ -28,7 +29,7 @@ class Programs:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, words):
+    def __call__(self, words, log):
         self.calls.append(list(words))
         out = words[words.index("--output_dir") + 1]
         seed = int(words[words.index("--seed" if "--seed" in words else "--seeds") + 1])
@@ -92,6 +93,33 @@ def test_true_video_is_measured_once_a_seed(tmp_path):
         muon, default = (tmp_path / arm / str(seed) / "report" for arm in ("muon", DEFAULT))
         by = {part.name.split(".")[0]: part.read_text() for part in (muon / "parts").iterdir()}
         assert by == {"true": str(default), "vae-1": str(default), "model": str(muon)}
+
+
+def test_jobs_run_side_by_side_and_make_nothing_twice(tmp_path):
+    words = ("--seeds", "0", "--arms", DEFAULT, "4 steps", "muon")
+    side_by_side = ablation(tmp_path / "jobs", *words, "--jobs", "3")
+    both, programs = Barrier(2, timeout=60), side_by_side.run
+
+    def run(call, log):
+        assert log.name == "log.txt" and log.parent.parent.parent == tmp_path / "jobs"
+        if call[0] == "common.tools.train":
+            both.wait()  # "default" and "muon": sampling alone waits for the default's weights
+        programs(call, log)
+
+    side_by_side.run = run
+    assert side_by_side.all() == ablation(tmp_path / "one", *words).all()
+    assert sum(call[0] == "common.tools.train" for call in programs.calls) == 2
+    drawn = {part.read_text() for part in (tmp_path / "jobs").glob("*/0/report/parts/true.*")}
+    assert len(drawn) == 1
+
+
+def test_what_fails_says_where_and_starts_nothing_more(tmp_path):
+    failing = ablation(tmp_path, "--seeds", "0", "1", "2", "--arms", DEFAULT, "muon", "--jobs", "2")
+    failing.run = lambda call, log: run_program(["no.such.program"], log)
+    with pytest.raises(UserError, match=r"no.such.program ended with 1, see .*log.txt"):
+        failing.all()
+    logs = list(tmp_path.glob("*/*/log.txt"))
+    assert len(logs) < 6 and all("No module named" in log.read_text() for log in logs)
 
 
 def test_drift_is_measured_when_minutes_are_given(tmp_path):
