@@ -3,6 +3,7 @@
 Shapes: B batch, L text tokens, D text width.
 """
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,13 @@ class ControlPipelineBase(CogVideoXPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype | None = None, **components: Any):
-        """A pipeline from a directory (or hub id) that any stage wrote; `components` replace those stored there."""
+        """A pipeline from a directory (or hub id) that any stage wrote; `components` replace those stored there.
+
+        Raises:
+            TypeError: for anything else that diffusers takes here, as device_map, before weights are read.
+        """
+        if unknown := components.keys() - signature(cls.__init__).parameters.keys():
+            raise TypeError(f"from_pretrained takes torch_dtype and components, not {', '.join(sorted(unknown))}")
         return cls(**{**load_components(path, torch_dtype, **components), **components})
 
     def save_pretrained(self, path: str | Path) -> None:

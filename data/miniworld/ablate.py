@@ -102,6 +102,8 @@ ARMS: dict[int, dict[str, Arm]] = {
         "LoRA student": Arm(f"--rank 64 --lora_alpha 64 {_LORA_LAYERS} --learning_rate 1e-3"),
         "offset noise .2": Arm("--offset_noise 0.2"),
         "no key presses": Arm("--key_press_share 0"),
+        "key presses in all": Arm("--key_press_share 1"),
+        "teacher guided on control by 3": Arm("--teacher_control_guidance_scale 3"),
     },
 }
 MEASURES = {2: ("control", "frechet"), 3: ("control", "frechet", "latency"), 4: ("control", "frechet", "latency")}

@@ -271,6 +271,11 @@ def test_a_vocabulary_of_another_model_is_refused(base):
         CogVideoXStreamingPipeline(**{**parts, "control_vocabulary": ControlVocabulary.orthogonal(NAMES, 16)})
 
 
+def test_what_from_pretrained_does_not_do_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(TypeError, match="takes torch_dtype and components, not device_map, revision"):
+        CogVideoXControlPipeline.from_pretrained(tmp_path / "nowhere", device_map="cuda", revision="main")
+
+
 def test_a_distilled_model_is_told_its_guidance_scale_in_one_forward(base):
     scheduler = CogVideoXSwinLCMScheduler(frames_per_group=1, guidance_range=[1.0, 7.0])
     pipe = CogVideoXStreamingPipeline(**controlled(base, scheduler, cond_proj_dim=8))
