@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, SchedulerMixin
 from torch import Tensor
 
 from common.cogvideox.control_adapter import ControlVocabulary
-from common.cogvideox.window_scheduler import SwinSchedulerMixin
 from common.config.errors import UserError
 
 
@@ -61,16 +60,16 @@ def dynamic_guidance_scale(scale: float, step: int, num_steps: int) -> float:
     return 1 + scale * (1 - math.cos(math.pi * (step / num_steps) ** 5)) / 2
 
 
-def stream_guidance_scale(
-    scheduler: SwinSchedulerMixin, guidance_scale: float | None, control_guidance_scale: float
+def checked_guidance_scale(
+    scheduler: SchedulerMixin, guidance_scale: float | None, control_guidance_scale: float, default: float = 1.0
 ) -> float:
-    """The guidance scale of a stream; None is 1, or the middle of the range that the model was taught.
+    """The guidance scale; None is the default, of a distilled model 1 or the middle of the range that it was taught.
 
     Raises:
         UserError: a distilled model would be guided a second time, or told a scale that it was not taught.
     """
-    if not scheduler.is_distilled:
-        return 1.0 if guidance_scale is None else guidance_scale
+    if not getattr(scheduler, "is_distilled", False):  # diffusers' own schedulers do not say
+        return default if guidance_scale is None else guidance_scale
     low, high = taught = scheduler.config.guidance_range or (1.0, 1.0)
     scale = (low + high) / 2 if guidance_scale is None else guidance_scale
     asked = {"guidance_scale": (scale, taught), "control_guidance_scale": (control_guidance_scale, (1.0, 1.0))}

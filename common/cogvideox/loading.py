@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from common.cogvideox.guidance import stream_guidance_scale
+from common.cogvideox.guidance import checked_guidance_scale
 from common.cogvideox.pipeline_io import component_config, load_component
 from common.cogvideox.window import make_window_plan
 from common.cogvideox.window_scheduler import SwinSchedulerMixin
@@ -55,7 +55,7 @@ def load_streaming_scheduler(
     if frames_per_group:
         scheduler = type(scheduler).from_config(scheduler.config, frames_per_group=frames_per_group)
     make_window_plan(scheduler, num_inference_steps, torch.device("cpu"))
-    stream_guidance_scale(scheduler, guidance_scale, control_guidance_scale)
+    checked_guidance_scale(scheduler, guidance_scale, control_guidance_scale)
     return scheduler
 
 

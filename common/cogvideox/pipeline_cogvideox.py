@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
 from common.cogvideox.chunk_decoder import ChunkDecoder
-from common.cogvideox.guidance import GuidedDenoiser, dynamic_guidance_scale, stream_guidance_scale
+from common.cogvideox.guidance import GuidedDenoiser, checked_guidance_scale, dynamic_guidance_scale
 from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder
 from common.cogvideox.pipeline_base import ControlPipelineBase
 from common.cogvideox.signal_sources import Control, SignalSource, clip_signals, make_signal_source
@@ -55,7 +55,7 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = 50,
-        guidance_scale: float = 6.0,
+        guidance_scale: float | None = None,
         use_dynamic_cfg: bool = False,
         control_signal: Sequence[str | int] | str | None = None,
         control_guidance_scale: float = 1.0,
@@ -74,7 +74,7 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         Args:
             control_signal: names, one a raw frame, or indices, one a latent frame; one name for all; a list of such for
                 a list of prompts. None is the null signal.
-            control_guidance_scale: how far to go from no signal to the signals, see `guidance_branches`.
+            guidance_scale, control_guidance_scale: 6 and 1; see `guidance_branches` and `checked_guidance_scale`.
             use_dynamic_cfg: guidance rises with the step's number (diffusers confuses it with the timestep).
             callback_on_step_end: (pipeline, step, timestep, {"latents"}) → {} or {"latents": new ones}.
             max_sequence_length: the transformer's own by default.
@@ -84,6 +84,7 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         if (num_frames - 1) % self.vae_scale_factor_temporal:
             raise UserError(f"num_frames {num_frames} is not 1 + a multiple of {self.vae_scale_factor_temporal}")
         self.check_inputs(prompt, height, width, negative_prompt, None, prompt_embeds, negative_prompt_embeds)
+        guidance_scale = checked_guidance_scale(self.scheduler, guidance_scale, control_guidance_scale, default=6.0)
         # What diffusers' properties of these names show, to a callback above all.
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._current_timestep, self._interrupt = None, False
@@ -192,7 +193,7 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             num_chunks, seconds: how long; neither: without end. Chunks are whole: `seconds` is reached, not met.
             num_inference_steps: N over all groups, N/G forwards a shift. Default: `default_inference_steps`.
             guidance_scale, control_guidance_scale: see `guidance_branches`; 1 by default. A distilled model has learnt
-                guidance and takes no more; with `cond_proj_dim` it is told the first, see `stream_guidance_scale`.
+                guidance and takes no more; with `cond_proj_dim` it is told the first, see `checked_guidance_scale`.
             seed, generator: of everything that is drawn; a list of generators has one for each stream.
             overlap: decode a chunk while the next shift is made, see `VideoStream`.
         """
@@ -203,7 +204,7 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
             )
         device, spatial = self._execution_device, self.vae_scale_factor_spatial
         plan = make_window_plan(self.scheduler, num_inference_steps, device)
-        guidance_scale = stream_guidance_scale(self.scheduler, guidance_scale, control_guidance_scale)
+        guidance_scale = checked_guidance_scale(self.scheduler, guidance_scale, control_guidance_scale)
         if seconds is not None:
             num_chunks = num_chunks_for(seconds, fps, plan.frames_per_group * self.vae_scale_factor_temporal)
         video = None if init_video is None else self._init_clip(init_video, plan.num_frames)

@@ -168,7 +168,8 @@ def check_same_run(where: Path, saved: dict[str, Any], settings: Any) -> None:
     Args:
         saved: the settings of the run that wrote `where`.
     """
-    now, saved = settings.to_dict(), {"rank": 0, **saved}  # runs of stage 2 that say nothing of a LoRA had none
+    # What runs did before there was a setting for it.
+    now, saved = settings.to_dict(), {"rank": 0, "key_press_share": 0.0, **saved}
     differences = [
         f"{name} was {saved[name]!r}, is {now[name]!r}"
         for name in now

@@ -30,13 +30,18 @@ def is_finished(output_dir: Path, settings: Any) -> bool:
     return finished["step"] >= settings.max_train_steps and exported_alike
 
 
+def finished_steps(output_dir: Path) -> int:
+    """Of the run whose result is there; 0 without one."""
+    mark = output_dir / MARK
+    return json.loads(mark.read_text())["step"] if mark.is_file() else 0
+
+
 def check_result_is_kept(output_dir: Path, step: int) -> None:
     """UserError if a run that begins at `step` would replace the result of one that went beyond.
 
     Where that one's checkpoints are, `is_finished` and `find_checkpoint` have answered; here they were removed.
     """
-    mark = output_dir / MARK
-    finished = json.loads(mark.read_text())["step"] if mark.is_file() else 0
+    finished = finished_steps(output_dir)
     if finished > step:
         raise UserError(
             f"output_dir: {output_dir} holds the result of a run of {finished} steps, but no checkpoint of its end; "

@@ -27,7 +27,7 @@ from common.data.loader import TrainLoader, build_train_loader, build_validation
 from common.training.accelerator import build_accelerator
 from common.training.checkpoints import describe_clips, find_checkpoint, read_state
 from common.training.encoding import EncodedBatch
-from common.training.export import check_result_is_kept, is_finished
+from common.training.export import check_result_is_kept, finished_steps, is_finished
 from common.training.interruption import StopRequest
 from common.training.memory_advice import training_advice
 from common.training.metrics import RunLog
@@ -73,7 +73,9 @@ class Trainer:
         """
         finished = is_finished(self.output_dir, self.settings)
         checkpoint = find_checkpoint(self.settings)
-        check_shared("a finished run" if finished else checkpoint.name if checkpoint else "no checkpoint")
+        found = "a finished run" if finished else checkpoint.name if checkpoint else "no checkpoint"
+        steps = finished_steps(self.output_dir)
+        check_shared(f"{found} and a result of {steps} steps" if steps else found)
         if finished:
             logger.info("%s is finished; nothing to do", self.output_dir)
             self.accelerator.end_training()
@@ -135,6 +137,8 @@ class Trainer:
     def loop(self, stop: StopRequest) -> bool:
         """Steps, and once in a while a log line, a checkpoint, a validation. False if asked to stop."""
         settings, state, last = self.settings, self.state, self.settings.max_train_steps
+        if state.step and stop.agreed():
+            return False
         # Where the curve begins, or what was due when the run was stopped.
         if self.is_time_for(settings.validation_steps) and not self.validator.is_done(state.step):
             self.validator.run(state.step, videos=state.step > 0)

@@ -73,7 +73,10 @@ class Validator:
         return metrics
 
     def is_done(self, step: int) -> bool:
-        """True if a validation at `step` is in the log, or without held-out clips on disk. All processes call it."""
+        """True if a validation at `step` is in the log, or without held-out clips its last video on disk.
+
+        Videos that failed after the loss was logged are not tried again. All processes call it.
+        """
         if self.parts:
             is_there = self.log.has_validation(step)
         else:

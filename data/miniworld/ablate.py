@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from common.config.command_line import ArgumentParser, not_negative_number, refuse_unwritable, whole_number
@@ -155,9 +155,17 @@ class Ablation:
         self.args, self.run = args, run
         self.trained: set[Path] = set()  # some arms have the default's weights: once is enough
         self.locks: dict[Any, Lock] = {}
+        self.is_stopped = Event()
 
     def folder(self, arm: str, seed: int) -> Path:
         return self.args.output_dir / "".join(c if c.isalnum() else "_" for c in arm) / str(seed)
+
+    def start(self, words: Sequence[str], log: Path | None) -> None:
+        """Runs a program, unless another job has failed or the user wants an end: a trainer that is interrupted ends as
+        if it were done."""
+        if self.is_stopped.is_set():
+            raise UserError(f"{words[0]} was not started")
+        self.run(words, log)
 
     def one_at_a_time(self, what: Any) -> Lock:
         """The lock of what several jobs may want to make."""
@@ -171,7 +179,7 @@ class Ablation:
         log = self.folder(arm, seed) / "log.txt" if self.args.jobs > 1 else None
         with self.one_at_a_time(trained):
             if trained not in self.trained:
-                self.run([
+                self.start([
                     "common.tools.train", "--config", f"stage{self.args.stage}/training/miniworld_config.py",
                     "--pretrained_model_name_or_path", str(self.args.pretrained_model_name_or_path),
                     "--output_dir", str(trained), "--seed", str(seed), "--validation_steps", "0",
@@ -190,9 +198,9 @@ class Ablation:
         with self.one_at_a_time(f"true video of seed {seed}"):
             is_there = self.share_true_video(report / "parts", seed)
             if not is_there:
-                self.run(evaluation, log)
+                self.start(evaluation, log)
         if is_there:
-            self.run(evaluation, log)
+            self.start(evaluation, log)
         return figures_of(json.loads((report / "report.json").read_text()))
 
     def share_true_video(self, parts: Path, seed: int) -> bool:
@@ -203,7 +211,7 @@ class Ablation:
         parts.mkdir(parents=True, exist_ok=True)
         made = [
             part
-            for part in self.args.output_dir.glob(f"*/{seed}/report/parts/*.json")
+            for part in self.args.output_dir.glob(f"*/{seed}/report/parts/[!.]*.json")
             if not part.name.startswith("model.")
         ]
         for part in made:
@@ -223,6 +231,9 @@ class Ablation:
                 results[arm][seed] = run.result()
                 replace_text(self.args.output_dir / "ablation.json", json.dumps(results, indent=1) + "\n")
                 replace_text(self.args.output_dir / "ablation.md", table_of(results))
+        except BaseException:
+            self.is_stopped.set()
+            raise
         finally:
             jobs.shutdown(cancel_futures=True)  # what runs already goes on to its end
         return table_of(results)

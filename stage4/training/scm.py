@@ -93,23 +93,23 @@ class SCMObjective(StreamingObjective):
         is_uniform = rng.bernoulli(self.settings.uniform_timestep_share)  # [B]
         batch = self.cut_window(batch, rng, begins=is_uniform)
         timesteps, is_condition = self._sample_timesteps(is_uniform, batch.latents.shape[1], rng)  # [B,F]
+        batch = self._press_keys(batch, is_condition, rng)
         error = self._consistency_error(batch, timesteps, is_condition, self.control_embeds(batch, rng), rng)
         learnt = (~is_condition).float()
         return ((error * learnt).sum(dim=1) / learnt.sum(dim=1)).mean(), {}
 
-    def control_embeds(self, batch: EncodedBatch, rng: SampleRandom) -> Tensor:
-        """As in stage 3, but some samples' frames are all told one signal drawn anew, the condition its own.
+    def _press_keys(self, batch: EncodedBatch, is_condition: Tensor, rng: SampleRandom) -> EncodedBatch:
+        """Some samples' frames are all told one signal drawn anew, but a condition its own.
 
         So it is when a key is pressed: the frames in noise have begun under another signal. What the student learns for
         it is where its teacher, told the same, goes from there; the footage is nobody's target.
         """
-        if self.settings.key_press_share:
-            is_pressed = rng.bernoulli(self.settings.key_press_share).to(self.device)[:, None, None]  # [B,1,1]
-            signal = rng.randint(0, len(self.vocabulary.names)).to(self.device)[:, None, None]
-            footage = batch.control_indices
-            told = torch.cat([footage[:, :1], torch.where(is_pressed, signal, footage[:, 1:])], dim=1)
-            batch = replace(batch, control_indices=told)
-        return super().control_embeds(batch, rng)
+        if not self.settings.key_press_share:
+            return batch
+        is_pressed = rng.bernoulli(self.settings.key_press_share).to(self.device)[:, None]  # [B,1]
+        signal = rng.randint(0, len(self.vocabulary.names)).to(self.device)[:, None, None]  # [B,1,1]
+        is_told = (is_pressed & ~is_condition)[:, :, None]  # [B,F,1]
+        return replace(batch, control_indices=torch.where(is_told, signal, batch.control_indices))
 
     def _sample_timesteps(self, is_uniform: Tensor, num_frames: int, rng: SampleRandom) -> tuple[Tensor, Tensor]:
         """Timesteps and which of them are conditions, both [B,F].

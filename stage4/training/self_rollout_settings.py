@@ -18,6 +18,7 @@ class SelfRolloutSettings(SCMSettings):
     """
 
     ema_decay: float = 0.99  # decay per step of the student's average
+    key_press_share: float = 0.0  # of distillation alone
     student_model_name_or_path: PathSetting = ""  # stage 4's output_dir, the student to go on from
     critic_learning_rate: float = 2e-5  # peak learning rate of the critic, which has to keep up with the student;
     # max_grad_norm holds for both gradients together

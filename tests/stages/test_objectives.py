@@ -142,28 +142,32 @@ def test_offset_noise_is_one_smooth_picture_in_all_frames_and_not_in_the_target(
 
 
 def test_a_pressed_key_is_told_for_all_frames_in_noise_to_teacher_and_student(tiny_models, batch, monkeypatch):
-    objective = load(4, tiny_models / "stage3", "--key_press_share", "0.5")
-    told = []
+    objective = load(4, tiny_models / "stage3", "--key_press_share", "0.5", "--uniform_timestep_share", "0.5")
+    told, levels = [], []
 
     def predict(module, noisy, timesteps, prompt_embeds, control_embeds, **more):
         told.append(control_embeds)
+        levels.append(timesteps)
         return knows(objective, batch.latents)(module, noisy, timesteps, prompt_embeds, control_embeds)
 
     monkeypatch.setattr(objective, "predict", predict)
     footage = objective.vocabulary.frame_rows(batch.control_indices)
-    signals = set()
-    for step in range(10):
-        told.clear()
+    signals, pressed = set(), {True: 0, False: 0}
+    for step in range(20):
+        told.clear(), levels.clear()
         assert objective.loss(batch, SampleRandom(0, step, range(B)))[0] < 1e-6  # the key moves no other draw's answer
         free, guided, target, student = told
         assert torch.equal(guided, target) and torch.equal(guided, student) and not free.any()
-        assert torch.equal(student[:, 0], footage[:, 0])
-        for sample, own in zip(student[:, 1:], footage[:, 1:], strict=True):
+        starts = (levels[0] == levels[0][:, :1]).all(dim=1).tolist()  # all frames in noise, none of them a condition
+        for sample, own, is_start in zip(student, footage, starts, strict=True):
             if not torch.equal(sample, own):
-                assert (sample == sample[0]).all()
-                signals.add(tuple(sample[0].tolist()))
+                assert (sample[1:] == sample[1]).all()
+                assert torch.equal(sample[0], sample[1] if is_start else own[0])
+                signals.add(tuple(sample[1].tolist()))
+                pressed[is_start] += 1
     rows = objective.vocabulary.embed(torch.arange(len(CONTROL_TOKENS)))
     assert signals <= {tuple(row.tolist()) for row in rows} and len(signals) == len(CONTROL_TOKENS)
+    assert min(pressed.values()) > 10
     objective.settings.key_press_share = 0.0
     told.clear()
     objective.loss(batch, SampleRandom(0, 0, range(B)))

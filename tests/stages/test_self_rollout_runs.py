@@ -107,7 +107,7 @@ def test_a_recorded_step_finds_its_streams_where_they_were(tiny_stages, stage4, 
         ("--continuous_offsets", "continuous_offsets"),
         ("--guidance_range 2 6 --cond_proj_dim 16", "cond_proj_dim"),
         ("--optimizer muon", "optimizer.*'adamw'"),
-        ("--key_press_share 0", "key_press_share.*live_share"),
+        ("--key_press_share 0.5", "key_press_share.*live_share.*leave it at 0.0"),
         ("--offset_noise 0.3", "offset_noise.*leave it at 0.0"),
         ("--height_buckets 64 96", "height_buckets.*give one"),
         ("--gradient_accumulation_steps 2", "gradient_accumulation_steps"),
@@ -160,6 +160,9 @@ def test_a_student_of_other_noise_or_signals_is_refused(tiny_models, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert refusal("noise").endswith("their schedulers differ in beta_end, snr_shift_scale")
     known = load_component(tiny_models / "stage4", "control_vocabulary")
+    packed = shutil.copytree(tiny_models / "stage4", tmp_path / "packed") / "control_vocabulary"
+    ControlVocabulary(known.names, known.table.half(), known.null.half(), known.label).save_pretrained(packed)
+    load(tiny_models, "--student_model_name_or_path", str(tmp_path / "packed"))
     for changes, named in (
         ({"table": known.table.flip(0)}, "table"),
         ({"null": known.null + 1, "label": "mean"}, "label, null"),

@@ -7,11 +7,11 @@ from diffusers import LatentConsistencyModelPipeline
 from common.cogvideox.control_adapter import ControlVocabulary
 from common.cogvideox.guidance import (
     GuidedDenoiser,
+    checked_guidance_scale,
     combine_branches,
     dynamic_guidance_scale,
     guidance_branches,
     guidance_scale_embedding,
-    stream_guidance_scale,
 )
 from common.cogvideox.scheduler import CogVideoXSwinDPMScheduler, CogVideoXSwinLCMScheduler
 from common.config.errors import UserError
@@ -128,7 +128,7 @@ TOLD = CogVideoXSwinLCMScheduler(guidance_range=[2.0, 6.0])
 )
 def test_a_distilled_model_takes_the_guidance_it_was_taught_and_no_other(scheduler, asked, scale):
     if isinstance(scale, float):
-        assert stream_guidance_scale(scheduler, *asked) == scale
+        assert checked_guidance_scale(scheduler, *asked) == scale
         return
     with pytest.raises(UserError, match=scale):
-        stream_guidance_scale(scheduler, *asked)
+        checked_guidance_scale(scheduler, *asked)

@@ -290,6 +290,8 @@ def test_a_distilled_model_is_told_its_guidance_scale_in_one_forward(base):
     for scales in ({"guidance_scale": 7.5}, {"guidance_scale": 2.0, "control_guidance_scale": 2.0}):
         with pytest.raises(UserError, match=r"learnt its guidance .* it takes (1 … 7|1)$"):
             collect(pipe, 1, num_inference_steps=None, **scales)
+        with pytest.raises(UserError, match=r"learnt its guidance .* it takes (1 … 7|1)$"):
+            pipe(PROMPT, num_frames=17, num_inference_steps=4, **scales, **SIZE)
 
 
 def test_rotary_positions_stream_too():

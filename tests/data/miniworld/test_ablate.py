@@ -118,6 +118,9 @@ def test_what_fails_says_where_and_starts_nothing_more(tmp_path):
     failing.run = lambda call, log: run_program(["no.such.program"], log)
     with pytest.raises(UserError, match=r"no.such.program ended with 1, see .*log.txt"):
         failing.all()
+    assert failing.is_stopped.is_set()
+    with pytest.raises(UserError, match="was not started"):  # as of a job that waited for its turn
+        failing.measure(DEFAULT, 2)
     logs = list(tmp_path.glob("*/*/log.txt"))
     assert len(logs) < 6 and all("No module named" in log.read_text() for log in logs)
 
