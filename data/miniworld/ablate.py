@@ -95,7 +95,6 @@ ARMS: dict[int, dict[str, Arm]] = {
         "Huber .001": Arm("--huber_c 0.001"),
         "Huber .1": Arm("--huber_c 0.1"),
         "guidance embedded": Arm("--guidance_range 1 3 --cond_proj_dim 32"),
-        "continuous offsets": Arm("--continuous_offsets True"),
         "20 solver steps": Arm("--num_solver_steps 20"),
         "2 phases per group": Arm("--phases_per_group 2"),
         # The factors need a larger rate than whole matrices.

@@ -119,11 +119,8 @@ class SCMObjective(StreamingObjective):
         """
         settings, T = self.settings, self.num_train_timesteps
         G, span = settings.num_noise_groups, T // settings.num_solver_steps
-        if settings.continuous_offsets:
-            offset, uniform = rng.randint(0, T // G), rng.randint(0, T)  # [B]
-        else:
-            offset = rng.randint(1, T // G // span + 1) * span - 1
-            uniform = rng.randint(1, settings.num_solver_steps + 1) * span - 1
+        offset = rng.randint(1, T // G // span + 1) * span - 1  # [B], on the solver's grid
+        uniform = rng.randint(1, settings.num_solver_steps + 1) * span - 1
         starts = torch.arange(G, device=offset.device) * (T // G)  # [G]
         windows = self._with_condition(offset[:, None] + starts, num_frames)
         is_condition = ~is_uniform[:, None] & (torch.arange(num_frames, device=offset.device) == 0)

@@ -15,7 +15,6 @@ class SCMSettings(SettingsWithLora, StreamingSettings):
 
     phases_per_group: int = 1  # m: forwards per window shift of the distilled model
     num_solver_steps: int = 40  # K: the teacher's step spans T/K timesteps
-    continuous_offsets: bool = False  # draw offsets from all timesteps, not from the solver's grid alone
     teacher_guidance_scale: float = 6.0  # the teacher's guidance on text, which the student learns; 1 for none
     teacher_control_guidance_scale: float = 3.0  # the teacher's guidance on control; 1 for none
     guidance_range: list[float] = field(default_factory=list)  # [low, high] to draw one scale for both from, instead

@@ -46,7 +46,7 @@ args.teacher_guidance_scale = 6.0  # float: the teacher's guidance on text; 1 fo
 args.teacher_control_guidance_scale = 3.0  # float: on control; 1 for none, which obeys less and looks truer
 args.critic_learning_rate = 2e-5  # float: peak learning rate of the critic, which has to keep up with the student
 args.ema_decay = 0.99  # float: decay per step of the student's average
-args.learnt_share = 0.3  # float: of the average in what is exported; the rest is the student as it was
+args.learnt_share = 0.5  # float: of the average in what is exported; the rest is the student as it was
 
 # --- optimisation
 args.train_batch_size = 1  # int: samples per GPU and micro-step

@@ -25,13 +25,13 @@ class SelfRolloutSettings(SCMSettings):
     rollouts_per_stream: float = 24.0  # mean number of steps, each of a window's frames, before a stream begins anew
     live_share: float = 0.5  # share of streams that are told the newest signal for all frames in noise
     held_share: float = 0.5  # share of streams that hold one signal for as long as they last
-    learnt_share: float = 0.3  # share of the average in what is exported; the rest is the student as it was (WiSE-FT,
+    learnt_share: float = 0.5  # share of the average in what is exported; the rest is the student as it was (WiSE-FT,
     # arXiv 2109.01903). Sample videos are of the average alone
 
     def validate(self) -> None:
         super().validate()
         distillation = "is for distillation, which this is not"
-        self.refuse_changed(distillation, "huber_c", "continuous_offsets", "uniform_timestep_share", "control_dropout")
+        self.refuse_changed(distillation, "huber_c", "uniform_timestep_share", "control_dropout")
         self.refuse_changed("is for distillation; of streams live_share are", "key_press_share")
         self.refuse_changed("is for distillation; here students are whole, of fixed guidance", "rank", "cond_proj_dim")
         if self.optimizer == "muon":
