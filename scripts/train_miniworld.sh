@@ -6,11 +6,11 @@
 #
 # The same command goes on where it was stopped. Lengths are set by variables, here with their defaults:
 #   CLIPS=3000 VAE_STEPS=4000 BASE_STEPS=30000 STAGE1_STEPS=11000 STAGE2_STEPS=18000 STAGE3_STEPS=20700 STAGE4_STEPS=6000
-#   ROLLOUT_STEPS=4000 BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding)
+#   ROLLOUT_STEPS=1700 BATCH_SIZE=64 PROCESSES=8 (for drawing and encoding)
 #   GPU_OPTIONS="--mixed_precision bf16 --compile --cuda_graph"
 # BASE=DIRECTORY takes a base model of six layers that is there already, VAE=DIRECTORY a trained VAE; both are relative to
 # where the script is called, as OUTPUT_DIR is if given.
-# On one H200 a step takes 18 ms for the base, 16, 31, 28 and 43 ms in stages 1 to 4, and 64 in self-rollout: 39
+# On one H200 a step takes 18 ms for the base, 16, 31, 28 and 43 ms in stages 1 to 4, and 64 in self-rollout: 37
 # minutes of training by these times, and nine of the VAE, beside drawing and encoding. As a whole it has run on CPUs
 # alone.
 set -euo pipefail
@@ -25,7 +25,7 @@ trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
 world=$out/world
 : "${CLIPS:=3000}" "${VAE_STEPS:=4000}" "${BASE_STEPS:=30000}" "${BATCH_SIZE:=64}" "${PROCESSES:=8}"
 : "${STAGE1_STEPS:=11000}" "${STAGE2_STEPS:=18000}" "${STAGE3_STEPS:=20700}" "${STAGE4_STEPS:=6000}"
-: "${ROLLOUT_STEPS:=4000}"
+: "${ROLLOUT_STEPS:=1700}"
 : "${GPU_OPTIONS=--mixed_precision bf16 --compile --cuda_graph}"
 precision=()
 [[ $GPU_OPTIONS != *bf16* ]] || precision=(--mixed_precision bf16)
