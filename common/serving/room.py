@@ -185,10 +185,14 @@ class Room:
             self._leave(client)
             for task in (writer, reader):
                 task.cancel()
-            ended = await asyncio.gather(writer, reader, return_exceptions=True)
-        if isinstance(ended[1], str):  # why it is shown the door; who does not read does not learn it
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(websocket.close(1008, ended[1]), timeout=2)
+            _, ended = await asyncio.gather(writer, reader, return_exceptions=True)  # the writer: with its connection
+        farewell = (1008, ended) if isinstance(ended, str) else None  # why it is shown the door
+        if isinstance(ended, Exception):
+            logger.error("client %d asked for what the server failed at", client.id, exc_info=ended)
+            farewell = (1011, "the server failed at this; its log says why")
+        if farewell:
+            with contextlib.suppress(Exception):  # who does not read does not learn it
+                await asyncio.wait_for(websocket.close(*farewell), timeout=2)
 
     def _leave(self, client: ClientSession) -> None:
         driver = self.wheel.driver

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from common.serving import room
 from common.serving.client_session import MISTAKES_FORGIVEN
+from common.serving.commands import obey
 from common.serving.protocol import MAX_REPLAY_BYTES
 
 
@@ -140,6 +142,24 @@ def test_mistakes_are_answered_and_too_many_close_this_socket_only(serve):
         await first.frame()
 
     together(serve(), scenario)
+
+
+def test_a_failure_of_the_servers_own_is_logged_and_closes_this_socket_only(serve, monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("no such luck")
+
+    async def scenario(first, second):
+        monkeypatch.setattr(room, "obey", fails)
+        await second.send(type="ping", time=1)
+        assert await second.closed() == (1011, "the server failed at this; its log says why")
+        monkeypatch.setattr(room, "obey", obey)
+        await first.send(type="ping", time=1)
+        await first.until("pong")
+        await first.frame()
+
+    together(serve(), scenario)
+    (record,) = (record for record in caplog.records if record.name == room.logger.name)
+    assert record.levelname == "ERROR" and "no such luck" in str(record.exc_info[1])
 
 
 def test_floods_and_oversized_messages_close_this_socket_only(serve):
