@@ -66,10 +66,15 @@ def checked_guidance_scale(
     """The guidance scale; None is the default, of a distilled model 1 or the middle of the range that it was taught.
 
     Raises:
-        UserError: a distilled model would be guided a second time, or told a scale that it was not taught.
+        UserError: a scale below 1, which would weaken the condition; or a distilled model would be guided a second
+            time, or told a scale that it was not taught.
     """
-    if not getattr(scheduler, "is_distilled", False):  # diffusers' own schedulers do not say
-        return default if guidance_scale is None else guidance_scale
+    if not is_distilled(scheduler):
+        scale = default if guidance_scale is None else guidance_scale
+        for name, value in {"guidance_scale": scale, "control_guidance_scale": control_guidance_scale}.items():
+            if not value >= 1:
+                raise UserError(f"{name} {value:g}: 1 is for no guidance, more is for some")
+        return scale
     low, high = taught = scheduler.config.guidance_range or (1.0, 1.0)
     scale = (low + high) / 2 if guidance_scale is None else guidance_scale
     asked = {"guidance_scale": (scale, taught), "control_guidance_scale": (control_guidance_scale, (1.0, 1.0))}
@@ -78,6 +83,11 @@ def checked_guidance_scale(
             right = f"{low:g}" if low == high else f"{low:g} … {high:g}"
             raise UserError(f"{name} {value:g}: the model learnt its guidance when it was distilled; it takes {right}")
     return scale
+
+
+def is_distilled(scheduler: SchedulerMixin) -> bool:
+    """Whether guidance and the number of steps were settled in distillation; diffusers' own schedulers do not say."""
+    return getattr(scheduler, "is_distilled", False)
 
 
 def guidance_scale_embedding(scales: Tensor, embedding_dim: int) -> Tensor:

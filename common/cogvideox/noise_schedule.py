@@ -89,9 +89,10 @@ def expand_group_timesteps(timesteps: Tensor, num_frames: int, num_noise_groups:
 
 
 def phase_boundary(timesteps: Tensor, num_phases: int, num_train_timesteps: int) -> Tensor:
-    """b(t): the timestep just below t's phase, of P phases of T/P timesteps each. The lowest phase ends `CLEAN`."""
+    """b(t): the timestep just below t's phase, of P phases of T/P timesteps each. The lowest phase ends `CLEAN`, and
+    what is clean stays so."""
     length = num_train_timesteps // num_phases
-    return torch.div(timesteps, length, rounding_mode="floor") * length - 1
+    return (torch.div(timesteps, length, rounding_mode="floor") * length - 1).clamp(min=CLEAN)
 
 
 def compute_dtype(sample: Tensor) -> torch.dtype:
@@ -184,23 +185,25 @@ def dpm_step_coefficients(
     """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), in the form of diffusers' CogVideoXDPMScheduler.
 
     Second order where `back_timesteps` holds the timestep of the previous x̂0; first order where it is `CLEAN` (no
-    history yet) and on the step that ends clean.
+    history yet) and on the step that ends clean. A frame whose timestep stays, as a condition's, stays as it is.
     """
+    stays = timesteps == prev_timesteps
     alpha, alpha_prev = alphas[timesteps], alphas[prev_timesteps]
     log_snr = ((alpha / (1 - alpha)) ** 0.5).log()
     log_snr_prev = ((alpha_prev / (1 - alpha_prev)) ** 0.5).log()
-    h = log_snr_prev - log_snr
+    h = torch.where(stays, torch.zeros_like(log_snr), log_snr_prev - log_snr)
     current = history = None
     if back_timesteps is not None:
         alpha_back = alphas[back_timesteps]
         r = (log_snr - ((alpha_back / (1 - alpha_back)) ** 0.5).log()) / h
-        second_order = (back_timesteps >= 0) & (prev_timesteps >= 0)
+        second_order = (back_timesteps >= 0) & (prev_timesteps >= 0) & ~stays
         current = torch.where(second_order, 1 + 1 / (2 * r), torch.ones_like(r))
         history = torch.where(second_order, 1 / (2 * r), torch.zeros_like(r))
+    sample = ((1 - alpha_prev) / (1 - alpha)) ** 0.5 * (-h).exp()
     return StepCoefficients(
         x0_sample=alpha**0.5,
         x0_output=(1 - alpha) ** 0.5,
-        sample=((1 - alpha_prev) / (1 - alpha)) ** 0.5 * (-h).exp(),
+        sample=torch.where(stays, torch.ones_like(sample), sample),
         denoised=-((-2 * h).expm1() * alpha_prev**0.5),
         current=current,
         history=history,

@@ -53,8 +53,10 @@ class ControlPipelineBase(CogVideoXPipeline):
         """Writes every component and, last, model_index.json; `from_pretrained` reads it back.
 
         Raises:
-            UserError: the pipeline was made for speed, and is not whole any more.
+            UserError: the pipeline was made for speed, and is not whole any more; or a LoRA is attached to it.
         """
+        if getattr(self.transformer, "peft_config", None):
+            raise UserError(f"{path}: a LoRA is attached; before saving, fuse_lora() and unload_lora_weights()")
         if self.text_encoder is None or any(isinstance(m, Float8Linear) for m in self.transformer.modules()):
             raise UserError(f"{path}: a pipeline without text encoder or in float8 cannot be saved; save it before")
         given = {name: component for name, component in self.components.items() if component is not None}
@@ -76,13 +78,17 @@ class ControlPipelineBase(CogVideoXPipeline):
         max_sequence_length: int | None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        num_videos_per_prompt: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """(prompt, negative prompt) each [B,L,D]; the length is the transformer's own by default."""
+        if num_videos_per_prompt > 1 and (prompt_embeds is not None or negative_prompt_embeds is not None):
+            raise UserError("num_videos_per_prompt goes with prompts; repeat the rows of prompt_embeds instead")
         if self.text_encoder is None and (prompt_embeds is None or negative_prompt_embeds is None):
             raise UserError("the text encoder is gone: give prompt_embeds and negative_prompt_embeds, not prompts")
         return self.encode_prompt(
             prompt,
             negative_prompt,
+            num_videos_per_prompt=num_videos_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             max_sequence_length=max_sequence_length or self.transformer.config.max_text_seq_length,

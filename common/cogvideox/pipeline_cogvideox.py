@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
 from common.cogvideox.chunk_decoder import ChunkDecoder
-from common.cogvideox.guidance import GuidedDenoiser, checked_guidance_scale, dynamic_guidance_scale
+from common.cogvideox.guidance import GuidedDenoiser, checked_guidance_scale, dynamic_guidance_scale, is_distilled
 from common.cogvideox.light_decoder import LightStreamingDecoder, LightVideoDecoder
 from common.cogvideox.pipeline_base import ControlPipelineBase
 from common.cogvideox.signal_sources import Control, SignalSource, clip_signals, make_signal_source
@@ -35,13 +35,19 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         control_vocabulary: names and rows of the signals; needed by a transformer with `control_dim`.
     """
 
-    def _clip_control(self, control_signal: Any, batch_size: int, num_latent_frames: int) -> list[list[list[int]]]:
-        """`control_signal` of `__call__` → indices [B][F][R], of the R raw frames of each latent frame."""
+    def _clip_control(
+        self, control_signal: Any, batch_size: int, num_latent_frames: int, num_videos: int = 1
+    ) -> list[list[list[int]]]:
+        """`control_signal` of `__call__` → indices [B][F][R], of the R raw frames of each latent frame.
+
+        Of B clips `num_videos` each are of one prompt, and share a signal if there is one for each prompt.
+        """
         one_each = isinstance(control_signal, Sequence) and bool(control_signal)
         one_each = one_each and not isinstance(control_signal, str) and not isinstance(control_signal[0], str | int)
         controls = control_signal if one_each else [control_signal] * batch_size
-        if len(controls) != batch_size:
+        if len(controls) not in (batch_size, batch_size // num_videos):
             raise UserError(f"{len(controls)} control signals for {batch_size} prompts; one for all, or one each")
+        controls = [control for control in controls for _ in range(batch_size // len(controls))]
         stride = self.vae_scale_factor_temporal
         return [clip_signals(control, num_latent_frames, self.control_vocabulary, stride) for control in controls]
 
@@ -54,9 +60,11 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int | None = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         use_dynamic_cfg: bool = False,
+        num_videos_per_prompt: int = 1,
+        eta: float = 0.0,
         control_signal: Sequence[str | int] | str | None = None,
         control_guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -74,30 +82,34 @@ class CogVideoXControlPipeline(ControlPipelineBase):
         Args:
             control_signal: names, one a raw frame, or indices, one a latent frame; one name for all; a list of such for
                 a list of prompts. None is the null signal.
+            num_inference_steps: 50; of a distilled model its own.
             guidance_scale, control_guidance_scale: 6 and 1; see `guidance_branches` and `checked_guidance_scale`.
             use_dynamic_cfg: guidance rises with the step's number (diffusers confuses it with the timestep).
+            eta: of no effect, as with CogVideoX's schedulers in diffusers.
             callback_on_step_end: (pipeline, step, timestep, {"latents"}) → {} or {"latents": new ones}.
             max_sequence_length: the transformer's own by default.
         """
         size = height, width = self._resolution(height, width)
-        num_frames = num_frames or self.transformer.config.sample_frames
-        if (num_frames - 1) % self.vae_scale_factor_temporal:
-            raise UserError(f"num_frames {num_frames} is not 1 + a multiple of {self.vae_scale_factor_temporal}")
+        num_frames = self._num_frames(num_frames)
         self.check_inputs(prompt, height, width, negative_prompt, None, prompt_embeds, negative_prompt_embeds)
         guidance_scale = checked_guidance_scale(self.scheduler, guidance_scale, control_guidance_scale, default=6.0)
+        if is_distilled(self.scheduler) and use_dynamic_cfg:
+            raise UserError("use_dynamic_cfg: the model learnt its guidance when it was distilled; leave it off")
         # What diffusers' properties of these names show, to a callback above all.
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._current_timestep, self._interrupt = None, False
-        embeds = self._text_embeds(prompt, negative_prompt, max_sequence_length, prompt_embeds, negative_prompt_embeds)
+        embeds = self._text_embeds(
+            prompt, negative_prompt, max_sequence_length, prompt_embeds, negative_prompt_embeds, num_videos_per_prompt
+        )
         batch_size, num_latent_frames = len(embeds[0]), (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        signals = self._clip_control(control_signal, batch_size, num_latent_frames)
+        signals = self._clip_control(control_signal, batch_size, num_latent_frames, num_videos_per_prompt)
 
         def denoiser_at(scale: float) -> tuple[GuidedDenoiser, Tensor | None]:
             denoiser = self._denoiser(*embeds, scale, control_guidance_scale, size, num_latent_frames, attention_kwargs)
             return denoiser, denoiser.control_embeds(signals)
 
         device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device)
+        self.scheduler.set_timesteps(num_inference_steps or (None if is_distilled(self.scheduler) else 50), device)
         told, timesteps = self.scheduler.timesteps, self.scheduler.timesteps.tolist()
         self._num_timesteps = len(timesteps)
         # Drawn in the text encoder's type, as diffusers does; kept in float32, since 50 roundings to bfloat16 add up.
@@ -119,6 +131,16 @@ class CogVideoXControlPipeline(ControlPipelineBase):
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
         self._current_timestep = None
+        return self._finished(latents, output_type, return_dict)
+
+    def _num_frames(self, num_frames: int | None) -> int:
+        """Raw frames, by default the transformer's own; a `UserError` when they are no whole latent frames."""
+        num_frames = num_frames or self.transformer.config.sample_frames
+        if (num_frames - 1) % self.vae_scale_factor_temporal:
+            raise UserError(f"num_frames {num_frames} is not 1 + a multiple of {self.vae_scale_factor_temporal}")
+        return num_frames
+
+    def _finished(self, latents: Tensor, output_type: str, return_dict: bool) -> CogVideoXPipelineOutput | tuple:
         video = latents
         if output_type != "latent":
             frames = self.decode_latents(latents.to(self.vae.dtype))
@@ -211,6 +233,7 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
         if video is not None and height is None and width is None:
             height, width = video.shape[-2:]
         height, width = self._resolution(height, width)
+        self.check_inputs(prompt, height, width, negative_prompt, None, prompt_embeds, negative_prompt_embeds)
         if video is not None and tuple(video.shape[-2:]) != (height, width):
             raise UserError(f"init_video is {video.shape[-2]}×{video.shape[-1]}, the stream {height}×{width} pixels")
         with torch.no_grad():
@@ -218,8 +241,11 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
                 prompt, negative_prompt, max_sequence_length, prompt_embeds, negative_prompt_embeds
             )
             init_latents = None if video is None else encode_frames(self.vae, video).to(device)
-        batch_size = len(embeds[0])
-        channels = self.transformer.config.in_channels
+        batch_size, channels = len(embeds[0]), self.transformer.config.in_channels
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise UserError(f"{len(generator)} generators for {batch_size} streams; give one, or one each")
+        if init_latents is not None and len(init_latents) not in (1, batch_size):
+            raise UserError(f"init_video holds {len(init_latents)} videos for {batch_size} streams; one, or one each")
         return VideoStream(
             self._denoiser(*embeds, guidance_scale, control_guidance_scale, (height, width), plan.num_frames),
             self.scheduler,
@@ -245,7 +271,7 @@ class CogVideoXStreamingPipeline(CogVideoXControlPipeline):
 
     def _sources(self, control: Any, batch_size: int, is_one: bool) -> list[SignalSource]:
         controls = [control] if is_one else [None] * batch_size if control is None else control
-        if callable(controls) or isinstance(controls, str) or len(controls) != batch_size:
+        if isinstance(controls, str) or not isinstance(controls, Sequence) or len(controls) != batch_size:
             raise UserError(f"{batch_size} prompts need a list of {batch_size} controls, one each")
         stride = self.vae_scale_factor_temporal
         return [make_signal_source(one, self.control_vocabulary, stride) for one in controls]

@@ -165,6 +165,15 @@ class CogVideoXControlTransformer3DModel(CogVideoXTransformer3DModel):
             for name, processor in self.attn_processors.items()
         }
 
+    def set_attn_processor(self, processor: Any) -> None:
+        """As in diffusers; a single processor is for self-attention, and control attention keeps its own."""
+        if not isinstance(processor, dict):
+            processor = {
+                name: own if name.startswith("control_blocks") else processor
+                for name, own in self.attn_processors.items()
+            }
+        super().set_attn_processor(processor)
+
     @classmethod
     def from_transformer(
         cls, base: CogVideoXTransformer3DModel, **changes: Any

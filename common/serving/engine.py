@@ -18,7 +18,7 @@ import numpy as np
 from common.cogvideox.streaming import VideoStream
 from common.config.errors import UserError, is_out_of_memory, one_line
 from common.serving.history import History
-from common.serving.model import ModelInfo, Progress, Start, TextEmbeds, WorldModel
+from common.serving.model import FROM_TEXT, ModelInfo, Progress, Start, TextEmbeds, WorldModel
 from common.serving.playout import Frame, Playout
 from common.serving.prompt_desk import PromptDesk
 from common.serving.protocol import NULL_SIGNAL
@@ -195,6 +195,8 @@ class Engine:
             logger.exception("the world has stopped")
         message = "out of memory" if is_out_of_memory(error) else one_line(error)[:300] or type(error).__name__
         with self.condition:
+            if self._model is not None and self._history.shift == 0:  # its clip may be what failed: the next, without
+                self._start = replace(self._start, start=FROM_TEXT)
             if self._model is None:  # or the same would be tried again and again
                 self._start, self._restart = self._restart or self._start, None
             self.playout.clear()

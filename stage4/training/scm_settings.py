@@ -50,10 +50,14 @@ class SCMSettings(SettingsWithLora, StreamingSettings):
             raise SettingError("key_press_share", f"must lie between 0 and 1, got {self.key_press_share}")
         if self.huber_c <= 0:
             raise SettingError("huber_c", f"must be more than 0, got {self.huber_c}")
-        if bool(self.guidance_range) != (self.cond_proj_dim is not None):
+        for name in ("teacher_guidance_scale", "teacher_control_guidance_scale"):
+            if not getattr(self, name) >= 1:
+                raise SettingError(name, f"must be 1, for none, or more, got {getattr(self, name)}")
+        given = self.guidance_range
+        if bool(given) != (self.cond_proj_dim is not None):
             raise SettingError("guidance_range", "goes together with cond_proj_dim: set both or neither")
-        if self.guidance_range and (len(self.guidance_range) != 2 or self.guidance_range[0] > self.guidance_range[1]):
-            raise SettingError("guidance_range", f"must be [low, high], got {self.guidance_range}")
+        if given and not (len(given) == 2 and 1 <= given[0] <= given[1]):
+            raise SettingError("guidance_range", f"must be [low, high], 1 ≤ low ≤ high, got {given}")
         if self.rank and self.cond_proj_dim is not None:
             raise SettingError(
                 "cond_proj_dim",

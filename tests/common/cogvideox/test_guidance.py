@@ -116,6 +116,8 @@ TOLD = CogVideoXSwinLCMScheduler(guidance_range=[2.0, 6.0])
     [
         (CogVideoXSwinDPMScheduler(), (None, 3.0), 1.0),
         (CogVideoXSwinDPMScheduler(), (6.0, 3.0), 6.0),
+        (CogVideoXSwinDPMScheduler(), (0.0, 3.0), "^guidance_scale 0: 1 is for no guidance"),
+        (CogVideoXSwinDPMScheduler(), (6.0, float("nan")), "^control_guidance_scale nan: 1 is for no guidance"),
         (CogVideoXSwinLCMScheduler(), (None, 1.0), 1.0),
         (CogVideoXSwinLCMScheduler(), (1.0, 1.0), 1.0),
         (CogVideoXSwinLCMScheduler(), (3.0, 1.0), "^guidance_scale 3: .* it takes 1$"),

@@ -93,6 +93,25 @@ def test_lcm_jump_matches_the_reference_above_the_lowest_phase(reference):
 # diffusers' own schedulers
 
 
+@pytest.mark.parametrize("clean", [-1, 0])
+@pytest.mark.parametrize("kind", [CogVideoXSwinDPMScheduler, CogVideoXSwinDDIMScheduler, CogVideoXSwinLCMScheduler])
+def test_a_whole_window_may_be_stepped_and_a_clean_condition_stays(kind, clean):
+    scheduler = kind(frames_per_group=1)
+    scheduler.set_timesteps(None if scheduler.is_distilled else 8)
+    x, v = noise_like((1, 5, 4, 2, 2)), noise_like((1, 5, 4, 2, 2), seed=1)
+    told = torch.tensor([[clean, 249, 499, 749, 999]])
+    below = torch.tensor([[clean, 124, 374, 624, 874]])
+    if kind is CogVideoXSwinDPMScheduler:
+        made = scheduler.step(v, None, told, None, x, prev_timestep=below, variance_noise=torch.zeros_like(x))[0]
+    else:
+        made = scheduler.step(v, told, x, prev_timestep=below).prev_sample
+    assert torch.isfinite(made).all() and (made[:, 1:] != x[:, 1:]).all()
+    assert torch.equal(made[:, 0], x[:, 0])
+    if scheduler.is_distilled:
+        assert scheduler.phase_boundary(torch.tensor([-1, 0, 249, 250])).tolist() == [-1, -1, -1, 249]
+        assert scheduler.solver_timestep(torch.tensor([-1, 0, 24, 25])).tolist() == [-1, -1, -1, 0]
+
+
 @pytest.mark.parametrize("per_frame", [False, True])
 @pytest.mark.parametrize("steps", [5, 20, 50])
 def test_one_group_equals_diffusers_ddim(steps, per_frame):

@@ -50,8 +50,8 @@ def test_a_compiled_model_is_ready_when_loaded_and_makes_the_same_world(tiny_wor
         ({"speed": SpeedOptions(compile=True)}, "compile is not given (in the log: on)"),
         ({"speed": SpeedOptions(float8=True)}, "float8 is not given (in the log: on)"),
         (
-            {"speed": SpeedOptions(attention_backend="_native_math"), "guidance_scale": 0.0},
-            "guidance_scale is not given (in the log: 0.0), attention_backend is not given (in the log: _native_math)",
+            {"speed": SpeedOptions(attention_backend="_native_math"), "guidance_scale": 2.0},
+            "guidance_scale is not given (in the log: 2.0), attention_backend is not given (in the log: _native_math)",
         ),
     ],
 )

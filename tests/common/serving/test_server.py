@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from common.cogvideox.streaming import VideoStream
+from common.data.video_writer import write_video
 
 
 def test_welcome_status_stats_and_frames(play, tiny_world_model):
@@ -215,6 +216,22 @@ def test_a_stream_starts_from_a_clip(play, tiny_world_model, tiny_world, monkeyp
         assert np.asarray(Image.open(io.BytesIO(jpeg))).shape == (32, 64, 3)
         assert "reset.start: unknown" in await player.refused(type="reset", start="../../etc/passwd")
         assert "reset.start: unknown" in await player.refused(type="reset", start=str(clip))
+
+    play(scenario, info=info)
+
+
+def test_after_a_clip_that_is_too_short_a_reset_begins_from_text(play, tiny_world_model, tmp_path, monkeypatch):
+    clip = tmp_path / "short.mp4"
+    write_video(clip, np.zeros((5, 32, 48, 3), np.uint8), 16)
+    info = replace(tiny_world_model.info, clips={"short": clip}, fps=16.0)
+    monkeypatch.setattr(tiny_world_model, "info", info)
+
+    async def scenario(player, server):
+        await player.frame()
+        await player.send(type="reset", start="short")
+        assert "short.mp4" in (await player.shows(state="error"))["message"]
+        await player.send(type="reset")
+        await player.shows(state="running")
 
     play(scenario, info=info)
 
