@@ -20,6 +20,7 @@ out=$(from_here "${1:-}") BASE=$(from_here "${BASE:-}") VAE=$(from_here "${VAE:-
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 need_environment
 trap 'echo "interrupted; the same command goes on from here"; exit 130' INT TERM
+trap 'kill $(jobs -pr) 2>/dev/null || true' EXIT # what runs in the background is deaf to Ctrl-C
 
 : "${out:=outputs/miniworld_gpu}"
 world=$out/world

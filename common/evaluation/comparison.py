@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from common.config.errors import UserError
 from common.evaluation.parts import Part, without_nan
 from common.evaluation.summary import (
     control_summary,
@@ -65,6 +66,7 @@ def make_report(parts: Sequence[Part], signals: Sequence[str], first: Sequence[s
 
 def _row(found: _Parts, name: str, kind: str, num_signals: int) -> dict[str, Any]:
     mine = [part for part in found.parts if part.key.row == name]
+    _check_alike(mine)
     measures: dict[str, dict[str, Any]] = {}
     for measure, variant in sorted({(part.key.measure, part.key.variant) for part in mine}):
         parts = found.of(name, measure, variant)
@@ -79,6 +81,21 @@ def _row(found: _Parts, name: str, kind: str, num_signals: int) -> dict[str, Any
     speed = min(timed, key=lambda about: about["seconds_per_frame"], default=None)
     vae = settings.get("vae") or (settings.get("weights") if kind == "vae" else None)
     return {"name": name, "kind": kind, "settings": settings, "vae": vae, "speed": speed, "measures": measures}
+
+
+def _check_alike(parts: Sequence[Part]) -> None:
+    """UserError unless all of a row are of one model, sampled alike, and each measure's seeds of scenes alike too."""
+    firsts: dict[Any, Part] = {}
+    for part in parts:
+        way = part.key.measure, part.key.variant
+        for name, value in part.settings.items():
+            is_of_way = name in SCENE_SETTINGS or name == "frames_per_group"
+            first = firsts.setdefault((name, way if is_of_way else None), part)
+            if first.settings[name] != value:
+                raise UserError(
+                    f"{first.key.file_name} was made with {name} {first.settings[name]}, {part.key.file_name} with "
+                    f"{value}: one row cannot hold both; delete one, or measure it by another --name"
+                )
 
 
 def _settings(parts: dict[int, Part]) -> dict[str, Any]:

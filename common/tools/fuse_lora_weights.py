@@ -15,7 +15,7 @@ from torch import nn
 
 from common.cogvideox.loading import DTYPES
 from common.cogvideox.lora import add_lora, find_lora_file
-from common.cogvideox.pipeline_io import load_component, read_model_index, write_pipeline
+from common.cogvideox.pipeline_io import INDEX_NAME, load_component, read_model_index, write_pipeline
 from common.config.command_line import ArgumentParser, positive_number, refuse_unwritable
 from common.config.errors import UserError, run_cli
 from common.config.model_directory import resolve_pipeline_directory
@@ -43,6 +43,10 @@ def fuse_lora_weights(
     read_model_index(pretrained_model_path, expected="CogVideoXPipeline")
     if Path(output_dir).resolve() == Path(pretrained_model_path).resolve():
         raise UserError(f"--output_dir {output_dir} is the base itself; give another directory")
+    if (Path(output_dir) / INDEX_NAME).is_file():
+        there = read_model_index(output_dir)["_class_name"]
+        if there != "CogVideoXPipeline":  # an earlier fused one may be replaced
+            raise UserError(f"--output_dir {output_dir} holds a {there}; give another directory")
     lora_file = find_lora_file(lora_path)
     refuse_unwritable(output_dir, "--output_dir")
     dtype = dtype or stored_dtype(resolve_pipeline_directory(pretrained_model_path) / "transformer")

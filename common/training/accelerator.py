@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 
 def compute_dtype(settings: Any, device: torch.device) -> torch.dtype:
@@ -24,6 +24,8 @@ def build_accelerator(settings: Any) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision="bf16" if compute_dtype(settings, device) == torch.bfloat16 else "no",
         log_with=None if settings.report_to == "none" else settings.report_to,
+        # The trainer adds gradients up itself; this way no variable of the environment makes accelerate divide as well.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         project_dir=str(Path(settings.output_dir) / "logs"),
         kwargs_handlers=[
             DistributedDataParallelKwargs(

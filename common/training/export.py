@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.cogvideox.pipeline_io import INDEX_NAME
 from common.config.errors import UserError
 from common.config.files import flush_to_disk
 from common.training.checkpoints import EXPORT_ONLY, base_digest, check_same_base, check_same_run
 from common.training.objective import Objective
 
 MARK = "training_finished.json"
+SETTINGS = "settings.json"  # of the newest run in a folder
 
 
 def is_finished(output_dir: Path, settings: Any) -> bool:
@@ -37,10 +39,13 @@ def finished_steps(output_dir: Path) -> int:
 
 
 def check_result_is_kept(output_dir: Path, step: int) -> None:
-    """UserError if a run that begins at `step` would replace the result of one that went beyond.
+    """UserError if a run that begins at `step` would replace the result of one that went beyond, or a pipeline that was
+    not trained here: fused, imported or downloaded.
 
     Where that one's checkpoints are, `is_finished` and `find_checkpoint` have answered; here they were removed.
     """
+    if (output_dir / INDEX_NAME).is_file() and not any((output_dir / name).is_file() for name in (MARK, SETTINGS)):
+        raise UserError(f"output_dir: {output_dir} holds a pipeline that no training made; choose another output_dir")
     finished = finished_steps(output_dir)
     if finished > step:
         raise UserError(

@@ -51,7 +51,7 @@ class Objective(ABC):
     @property
     def plain_module(self) -> nn.Module:
         """`module` without DDP's or torch.compile's wrapper (FSDP2 has none): same weights, own class and config."""
-        return extract_model_from_parallel(self.module)
+        return extract_model_from_parallel(self.module, keep_torch_compile=False)
 
     @abstractmethod
     def load(self, device: torch.device, weight_dtype: torch.dtype) -> None:

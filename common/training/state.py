@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 
 from common.cogvideox.recomputation import recompute_blocks
 from common.config.errors import SettingError, UserError
 from common.training import checkpoints, optimizers
 from common.training.accelerator import compute_dtype
-from common.training.export import export_pipeline, make_skeleton
+from common.training.export import SETTINGS, export_pipeline, make_skeleton
 from common.training.metrics import FiniteGuard, Means
 from common.training.objective import Objective
 from common.training.random import seed_everything
@@ -31,6 +31,12 @@ def check_layout(settings: Any, accelerator: Accelerator) -> None:
         raise UserError(
             f"ACCELERATE_CONFIG_FILE: {accelerator.distributed_type.value} is not supported, but FSDP with "
             "fsdp_version: 2 (accelerate's default is 1); take scripts/accelerate/fsdp2.yaml, or ddp.yaml there"
+        )
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:
+        raise UserError(
+            f"ACCELERATE_CONFIG_FILE: its dynamo_config ({backend.value}) would compile the model as a whole, under "
+            "other names; leave it out and take the setting compile"
         )
     if settings.cuda_graph and accelerator.num_processes > 1:
         raise SettingError("cuda_graph", f"is for one process, here are {accelerator.num_processes}")
@@ -79,7 +85,7 @@ class TrainingState:
         accelerator.wait_for_everyone()  # until all have read what is there
         if accelerator.is_main_process:
             checkpoints.remove_leftovers(self.output_dir)
-            settings.save(self.output_dir / "settings.json")
+            settings.save(self.output_dir / SETTINGS)
 
         self._load_objective(checkpoint)
         module = objective.module

@@ -90,7 +90,12 @@ class Trainer:
                 if completed:
                     self.state.export()
                 else:
-                    logger.info("stopped and saved at step %d; the same command goes on", self.state.step)
+                    how = (
+                        ""
+                        if self.settings.resume_from_checkpoint == "latest"
+                        else " with resume_from_checkpoint latest"
+                    )
+                    logger.info("stopped and saved at step %d; the same command%s goes on", self.state.step, how)
             self.accelerator.end_training()
         except Exception as error:
             if is_out_of_memory(error):

@@ -124,6 +124,9 @@ def make_videos(args: argparse.Namespace) -> Path:
     """Draws what is missing and writes the index; returns its path."""
     jobs = make_jobs(args)
     missing = [job for job in jobs if not job.is_complete()]
+    path = args.output_dir / args.index_name
+    if missing:  # an index of what was there would tell of clips that are drawn over
+        path.unlink(missing_ok=True)
     progress = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="drawing clips", unit="clip")
     with progress:
         if args.num_workers == 0:
@@ -136,7 +139,6 @@ def make_videos(args: argparse.Namespace) -> Path:
             with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
                 for _ in pool.map(make_clip, missing):
                     progress.update()
-    path = args.output_dir / args.index_name
     replace_text(path, json.dumps({"list": [index_entry(job, args.output_dir) for job in jobs]}, indent=1) + "\n")
     return path
 

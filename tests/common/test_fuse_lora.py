@@ -1,5 +1,7 @@
 """Fused equals unfused, at the strength that was trained, and LoRAs of other models are refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,14 @@ def test_a_base_from_the_hub_keeps_its_type(tiny_base, tiny_lora, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.snapshot_download", {"someone/model": str(base)}.__getitem__)
     fuse_lora_weights("someone/model", tiny_lora, tmp_path / "fused")
     assert stored_dtype(tmp_path / "fused" / "transformer") == torch.bfloat16
+
+
+def test_a_model_of_a_later_stage_is_not_replaced(tiny_base, tiny_lora, tiny_models, tmp_path):
+    shutil.copytree(tiny_models / "stage2", tmp_path / "stage2")
+    before = {path: path.read_bytes() for path in (tmp_path / "stage2").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="stage2 holds a CogVideoXControlPipeline; give another directory"):
+        fuse_lora_weights(tiny_base, tiny_lora, tmp_path / "stage2")
+    assert {path: path.read_bytes() for path in (tmp_path / "stage2").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

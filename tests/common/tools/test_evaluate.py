@@ -238,6 +238,20 @@ def test_a_row_without_its_reference_is_left_out(tmp_path):
     assert report["rows"][0]["measures"] == {}
 
 
+@pytest.mark.parametrize(
+    "changed, told",
+    [({"weights": "new"}, "weights old, .*seed1.json with new"), ({"num_videos": 4}, "num_videos 2, .* with 4")],
+)
+def test_a_row_is_of_one_model_sampled_alike(changed, told):
+    settings = {"weights": "old", "num_videos": 2}
+    parts = [
+        Part(PartKey("m", "control", "streams", seed), "model", settings | more, {}, {})
+        for seed, more in ((0, {}), (1, changed))
+    ]
+    with pytest.raises(UserError, match=told):
+        make_report(parts, SIGNALS)
+
+
 MISTAKES = [
     (["--num_frames", "32"], "32 does not fit; use 29 or 33"),
     (["--num_videos", "1"], "1 is too small; use 2 or more"),

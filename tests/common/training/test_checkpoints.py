@@ -129,6 +129,13 @@ def test_result_whose_checkpoints_were_removed_is_not_replaced_unasked(toy_data,
     assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
 
 
+def test_a_pipeline_that_no_training_made_is_not_replaced(toy_data, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=f"output_dir: {tmp_path} holds a pipeline that no training made"):
+        train(toy_settings(toy_data, tmp_path, max_train_steps=1))
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["model_index.json"]
+
+
 def test_other_training_clips_are_noticed_though_the_held_out_ones_stay(toy_data, tmp_path, caplog):
     entries = json.loads((toy_data / "index.json").read_text())["list"]
     paths = {name: str(tmp_path / f"{name}.json") for name in ("index_file", "validation_index_file")}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -143,18 +143,30 @@ def test_sharded_bf16_model_computes_what_autocast_computes_and_adds_gradients_i
 )
 def test_what_the_processes_cannot_do_is_refused_before_anything_is_loaded(changes, processes, kind, message):
     settings = TrainingSettings(**changes)
-    kinds = {"distributed_type": DistributedType(kind), "is_fsdp2": kind == "FSDP"}
     with pytest.raises(UserError, match=message):
-        TrainingState(settings, None, SimpleNamespace(num_processes=processes, **kinds), None)
-    check_layout(settings, SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO, is_fsdp2=False))
+        TrainingState(settings, None, layout(processes, kind, is_fsdp2=kind == "FSDP"), None)
+    check_layout(settings, layout(1, "NO"))
+
+
+def layout(processes, kind, is_fsdp2=False, backend=DynamoBackend.NO):
+    """What `check_layout` asks an Accelerator."""
+    plugin = SimpleNamespace(backend=backend)
+    return SimpleNamespace(
+        num_processes=processes, distributed_type=DistributedType(kind), is_fsdp2=is_fsdp2,
+        state=SimpleNamespace(dynamo_plugin=plugin),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_a_layout_whose_shards_would_be_taken_for_whole_weights_is_refused(kind):
     """FSDP without fsdp_version in a config of the user's is FSDP1, whose checkpoints would hold one process's part."""
-    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType(kind), is_fsdp2=False)
     with pytest.raises(UserError, match=f"ACCELERATE_CONFIG_FILE: {kind} .*fsdp_version: 2.*fsdp2.yaml"):
-        check_layout(TrainingSettings(), accelerator)
+        check_layout(TrainingSettings(), layout(2, kind))
+
+
+def test_compiling_by_accelerates_config_is_refused_where_names_would_change():
+    with pytest.raises(UserError, match="ACCELERATE_CONFIG_FILE: its dynamo_config .INDUCTOR.*setting compile"):
+        check_layout(TrainingSettings(), layout(1, "NO", backend=DynamoBackend.INDUCTOR))
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (0,)])

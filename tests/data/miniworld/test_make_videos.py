@@ -9,6 +9,7 @@ import pytest
 from common.data.control_signals import CONTROL_TOKENS
 from common.data.index import read_index
 from common.data.video import Video
+from data.miniworld import make_videos as make_videos_module
 from data.miniworld.captions import BIOME_WORDS, COLORS, WEATHER_WORDS, make_caption
 from data.miniworld.looks import random_look
 from data.miniworld.make_videos import make_jobs, make_videos, parse_arguments
@@ -78,6 +79,24 @@ def test_other_settings_draw_anew_and_other_index_names_stand_beside(tmp_path):
     assert (tmp_path / "videos_heldout" / "00000.mp4").read_bytes() != before
     run(tmp_path, "--num_clips", 1, "--num_frames", 9)
     assert len(Video(tmp_path / "videos" / "00000.mp4")) == 9
+
+
+def test_an_interruption_leaves_no_index_of_clips_that_were_drawn_over(tmp_path, monkeypatch):
+    run(tmp_path, "--num_clips", 2, "--num_frames", 5)
+    draw = make_videos_module.make_clip
+
+    def interrupted(job):
+        if job.video.name == "00001.mp4":
+            raise KeyboardInterrupt
+        draw(job)
+
+    monkeypatch.setattr(make_videos_module, "make_clip", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--num_clips", 2, "--num_frames", 5, "--seed", 1)
+    assert not (tmp_path / "index.json").exists()
+    monkeypatch.undo()
+    run(tmp_path, "--num_clips", 2, "--num_frames", 5, "--seed", 1)
+    assert len(read_index(tmp_path / "index.json", tmp_path, needs_control=True)) == 2
 
 
 @pytest.mark.parametrize(
