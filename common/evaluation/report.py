@@ -235,5 +235,4 @@ def _machine(row: Row) -> str:
     speed = row["speed"]
     if not speed:
         return "–"
-    torch = f"torch {speed['torch']}" + (", compiled" if speed.get("is_compiled") else "")
-    return f"{speed['machine']}, {speed['threads']} threads, {speed['batch_size']} at once, {torch}"
+    return f"{speed['machine']}, {speed['threads']} threads, {speed['batch_size']} at once, torch {speed['torch']}"

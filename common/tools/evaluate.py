@@ -64,7 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--guidance_scale", type=float, default=1.0, help="guidance on text; 1 for none")
     add("--control_guidance_scale", type=float, default=3.0, help="guidance on control; distilled models have none")
     add("--frames_per_group", nargs="+", type=COUNT, help="further W at which to measure latency")
-    add("--compile", action="store_true", help="compile models that stream: long evaluations are sooner done")
     add("--batch_size", type=COUNT, default=8, help="videos side by side; the numbers do not depend on it")
     add_place_options(parser)
     return parser.parse_args()

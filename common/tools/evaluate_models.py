@@ -21,7 +21,6 @@ from common.cogvideox.autoencoder import StreamingDecoder, encode_frames
 from common.cogvideox.loading import device_and_dtype, picture_size
 from common.cogvideox.pipeline_cogvideox import CogVideoXControlPipeline, CogVideoXStreamingPipeline
 from common.cogvideox.pipeline_io import load_component, read_model_index
-from common.cogvideox.speed import SpeedOptions, speed_up
 from common.cogvideox.window import make_window_plan, num_chunks_for
 from common.config.model_directory import resolve_pipeline_directory
 from common.data.fingerprint import pipeline_digests
@@ -149,23 +148,19 @@ class Model:
     def __init__(self, plan: ModelPlan, args: argparse.Namespace):
         self.plan, self.effort = plan, Effort()
         self.device, self.dtype = device_and_dtype(args.device, args.dtype)
-        self.is_compiled = args.compile and plan.streams
 
     @cached_property
     def pipeline(self) -> CogVideoXControlPipeline:
         loaded = CogVideoXStreamingPipeline if self.plan.streams else CogVideoXControlPipeline
         pipeline = loaded.from_pretrained(self.plan.directory, torch_dtype=self.dtype).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
-        if self.is_compiled:
-            speed_up(pipeline, SpeedOptions(compile=True))
         return pipeline
 
     def about(self, frames_per_group: int | None = None) -> dict[str, Any]:
         """The effort since it was cleared: forwards of a clip, or of a shift."""
         if not self.plan.streams:
             return self.effort.about(self.effort.longest)
-        frames = (frames_per_group or self.plan.frames_per_group[0]) * FRAMES_PER_LATENT
-        return self.effort.about(frames) | {"is_compiled": self.is_compiled}
+        return self.effort.about((frames_per_group or self.plan.frames_per_group[0]) * FRAMES_PER_LATENT)
 
     def scheduled(self, scenes: Sequence[Scene]) -> ScheduledCommands:
         """The scenes' signals, known ahead."""

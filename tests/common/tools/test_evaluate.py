@@ -196,22 +196,6 @@ def test_videos_do_not_depend_on_the_batch(tiny_models, monkeypatch):
     assert given[0] == [[[SIGNALS.index(signal)] * 4 for signal in scene.signals[::4]] for scene in scenes]
 
 
-def test_compiled_streams_show_the_same(tiny_models, monkeypatch):
-    scenes, made = SceneSet(0, 0, 2, 17).scenes(), []
-    for words in ([], ["--compile"]):
-        monkeypatch.setattr(sys, "argv", ["evaluate", "--output_dir", "none", "--device", "cpu", *words])
-        args = evaluate.parse_arguments()
-        model = Model(plan_model(str(tiny_models / "stage4"), "m", args), args)
-        stream = model.stream(scenes, model.scheduled(scenes), generators_for(0, 0, 2), 17)
-        made.append(torch.cat(list(stream), dim=1))
-        assert model.about()["is_compiled"] is bool(words)
-        assert all(
-            (block._compiled_call_impl is not None) is bool(words)
-            for block in model.pipeline.transformer.transformer_blocks
-        )
-    assert (made[0].int() - made[1].int()).abs().max() <= 1
-
-
 def test_intervals_and_pairs():
     right, wrong = {"true": [[0, 1, 2]] * 8, "obeyed": [[0, 1, 2]] * 8}, {"true": [[0, 1, 2]] * 8}
     wrong["obeyed"] = [[0, 1, 2]] * 4 + [[1, 2, 0]] * 4
